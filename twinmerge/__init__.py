@@ -1,0 +1,2 @@
+"""twinmerge."""
+__version__="0.1.0"

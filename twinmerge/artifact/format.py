@@ -1,0 +1,162 @@
+"""The manifest: what an artifact holds, tensor by tensor, and how to know that it is whole.
+
+`docs/format.md` describes the folder; this module is its schema. Version 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import CorruptArtifact, UnsupportedFormat
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ROUTER = "router.safetensors"
+RECIPE = "recipe.yaml"
+
+# Suffixes of tensor names inside experts/<name>.safetensors
+A, B, DELTA, HEAD = ".a", ".b", ".delta", ".head"
+
+Kind = Literal["matrix", "vector", "head", "buffer", "base_only", "tied"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Record):
+    """One file: size in bytes and SHA-256 of its content."""
+
+    bytes: int
+    sha256: str
+
+
+class Share(_Record):
+    """What one expert keeps of one tensor."""
+
+    rank: int | None = None
+    """Rank of the factors; None where the tensor is kept whole (vectors and heads)."""
+    bytes: int
+    error: float
+    """‖D - kept‖ / ‖D‖, D = expert minus shared, Frobenius; 0 where nothing is lost."""
+
+
+class TensorRecord(_Record):
+    """One tensor of the base, or of the experts' heads."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: str
+    """As stored in the shared expert ('float32', ...); of a head: as the first expert stores it."""
+    bytes: int
+    """In the shared expert; 0 for heads and for the second name of a tied tensor."""
+    matrix: tuple[int, int] | None = None
+    """The (out, in) view under which a matrix was factored."""
+    tied_to: str | None = None
+    experts: dict[str, Share] = {}
+    """By expert. Empty where the experts do not differ from the shared expert."""
+
+
+class ExpertRecord(_Record):
+    """One expert: where it came from, and what its head is called."""
+
+    name: str
+    reference: str
+    adapter: bool
+    config: dict[str, Any] = {}
+    """What its config.json says otherwise than the base's: labels, problem type, ..."""
+    outputs: int | None = None
+    """Outputs of its head (1: a regression); None without a head of its own."""
+    drift: float
+    """‖W_t - W_0‖ / ‖W_0‖ over all matrices."""
+    bytes: int
+    """Of its file: factors, vectors and head."""
+
+
+class RouterRecord(_Record):
+    """How the router was fitted, and how well it does on rows held out from its own data."""
+
+    kind: Literal["mlp"]
+    layer: int
+    """Features are the mean over tokens after this many blocks; 0 is the embeddings."""
+    width: int
+    hidden: int
+    experts: tuple[str, ...]
+    shared_sha256: dict[str, str]
+    """Digests of the shared expert's files that the features came from."""
+    rows: dict[str, int]
+    """Rows per expert that the router was fitted on."""
+    held_out_rows: int
+    held_out_accuracy: float
+    accuracy_by_layer: dict[int, float]
+    confusion: dict[str, dict[str, int]]
+    """Held-out rows: true expert -> chosen expert -> count."""
+    epoch: int
+    seed: int
+    bytes: int
+
+
+class Manifest(_Record):
+    """Everything that a reader needs to know before it opens a weight file."""
+
+    format_version: int
+    recipe: dict[str, Any]
+    base: str
+    model_class: str
+    """Class of the task model in transformers, e.g. 'BertForSequenceClassification'."""
+    experts: tuple[ExpertRecord, ...]
+    tensors: tuple[TensorRecord, ...]
+    files: dict[str, FileRecord]
+    router: RouterRecord | None = None
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1) + "\n"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts' names, in the order of the columns of all weights."""
+        return tuple(expert.name for expert in self.experts)
+
+    def shared_files(self) -> dict[str, str]:
+        """Digests of the shared expert's weight files."""
+        return {
+            name: record.sha256
+            for name, record in self.files.items()
+            if name.endswith(".safetensors") and "/" not in name and name != ROUTER
+        }
+
+
+def expert_file(name: str) -> str:
+    return f"experts/{name}.safetensors"
+
+
+def parse_manifest(text: str, folder: Path) -> Manifest:
+    """Read a manifest. Raises `UnsupportedFormat` or `CorruptArtifact`, naming the folder."""
+    import json
+
+    try:
+        data = json.loads(text)
+    except ValueError as problem:
+        raise CorruptArtifact(
+            f"{folder / MANIFEST}: expected JSON, but {problem}. Build the artifact again."
+        ) from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise UnsupportedFormat(
+            f"{folder / MANIFEST}: format version {version!r}; this release of twinmerge reads "
+            f"version {FORMAT_VERSION}. Upgrade twinmerge, or build the artifact again."
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as problem:
+        where = ".".join(str(part) for part in problem.errors()[0]["loc"])
+        raise CorruptArtifact(
+            f"{folder / MANIFEST}: {where}: {problem.errors()[0]['msg']}. The manifest was changed "
+            "by hand or cut short; build the artifact again."
+        ) from None

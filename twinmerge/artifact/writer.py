@@ -1,0 +1,98 @@
+"""Writing a folder whole or not at all.
+
+Everything goes to a temporary folder beside the target, which is renamed when complete. Whatever
+goes wrong, the temporary folder is removed and the target is left as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import OutputError
+
+
+def check_target(target: Path) -> None:
+    """Raise `OutputError` unless `target` is free (absent, or an empty folder)."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        what = "is not empty" if target.is_dir() else "is a file"
+        raise OutputError(
+            f"{target}: expected a new or empty folder to write to, but it {what}. "
+            "Choose another folder, or remove this one first."
+        )
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raise `OutputError` if the disk under `target` has less than `needed` bytes free."""
+    there = target.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OutputError(
+            f"{target}: the artifact needs about {needed:,} bytes, the disk has {free:,} free. "
+            "Free some space, choose another disk, or keep a lower rank."
+        )
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends without an error."""
+    check_target(target)
+    temporary: Path | None = None
+    try:
+        with explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if target.is_dir():
+                target.rmdir()
+            os.rename(temporary, target)
+            temporary = None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one step: readers see the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with explained(path):
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an `OutputError` that says what to do."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{target}: the disk is full; nothing was left behind. "
+                "Free some space or choose another disk, then run the same command again."
+            ) from problem
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise OutputError(
+                f"{target}: cannot be written ({problem.strerror}). "
+                "Choose a folder that you may write to."
+            ) from problem
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

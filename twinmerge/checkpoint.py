@@ -1,0 +1,683 @@
+"""A folder that others wrote, read one tensor at a time under the base's tensor names.
+
+`Checkpoint` is one full model as stored: names, shapes, dtypes from the file headers, data only
+when asked for. `Expert` is a fine-tuned model seen through its base: the same names, whatever
+prefix, tying or low-rank adapter it was saved with. Both work on files alone: no model class is
+built, so a model larger than memory is read as easily as a small one. How a LoRA folder becomes
+an `Expert` is told in `adapter.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twinmerge.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    MissingTensor,
+    ShapeMismatch,
+    UnsafePickle,
+    UnsupportedCheckpoint,
+)
+
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"BOOL": torch.bool, "C64": torch.complex64},
+}
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[^\s+]+)?")
+_QUANTISED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_state(\..+)?|weight_packed)$")
+# Constants that older transformers stored and newer ones recompute: nothing was learnt in them.
+_BUFFERS = re.compile(r"(position_ids|token_type_ids|inv_freq|attn\.(masked_)?bias)$")
+_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?|vocab_projector)(\.|$)")
+EMBEDDING: Final = re.compile(r"embed|lm_head|wte|(^|\.)shared\.|vocab_projector")
+# Insides of a model saved without its wrapper: such a first segment is no `bert.` or `model.`
+_INSIDE = frozenset("encoder decoder embeddings layers layer h blocks block stages wte".split())
+
+
+def explain(thing: str, expected: str, came: str, todo: str) -> str:
+    """The message of an error in its four parts."""
+    return f"{thing}: expected {expected}, got {came}.\n  {todo}"
+
+
+def some(names: Iterable[str], count: int = 3) -> str:
+    """The first few of many names, for a message."""
+    listed = sorted(names)
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return (", ".join(listed[:count]) or "none") + more
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file header says about one tensor: its shape, and its dtype as stored."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A task vector in factors: `W_t - W_0 = b @ a`, any scale folded into `b`. Both float32.
+
+    For a 2-D weight, "out in" is its shape as stored in the checkpoint (for GPT-2's Conv1D the
+    stored rows are what the layer calls inputs). A conv kernel is seen as (out, rest): reshape
+    `b @ a` to the kernel's shape.
+    """
+
+    a: Float[Tensor, "rank in"]
+    b: Float[Tensor, "out rank"]
+
+
+class Unchanged(Enum):
+    """The type of `UNCHANGED`."""
+
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED: Final = Unchanged.UNCHANGED
+"""The task vector of a tensor that an adapter does not touch: exactly zero."""
+
+
+# ------------------------------------------------------------------------------ weight files
+
+
+class _Safetensors:
+    """One .safetensors file: the header is read now, the file is mapped at the first `read`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._handle = path, None
+        size = path.stat().st_size
+        again = "Copy or download the file again."
+        try:
+            with path.open("rb") as file:
+                start = file.read(8)
+                if start == b"version ":
+                    again = "This is a Git LFS pointer, not the file: run `git lfs pull`."
+                length = int.from_bytes(start, "little")
+                if len(start) < 8 or length > size - 8:
+                    raise ValueError("the file ends inside it")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            unknown = {str(h["dtype"]) for h in header.values()} - set(_DTYPES)
+            end = 8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            came = f"{size} bytes in which it cannot be read ({error})"
+            raise CorruptCheckpoint(
+                explain(str(path), "a safetensors header", came, again)
+            ) from error
+        if unknown:
+            todo = "Dequantise the model and save it in bfloat16 first."
+            raise UnsupportedCheckpoint(explain(str(path), "float dtypes", some(unknown), todo))
+        if size != end:
+            raise CorruptCheckpoint(
+                explain(str(path), f"{end} bytes (says its header)", f"{size} bytes", again)
+            )
+        self.infos = {
+            n: TensorInfo(tuple(h["shape"]), _DTYPES[h["dtype"]]) for n, h in header.items()
+        }
+        self.bytes = end - 8 - length
+
+    def read(self, name: str) -> Tensor:
+        try:
+            if self._handle is None:
+                self._handle = safe_open(self.path, framework="pt", device="cpu")
+            return self._handle.get_tensor(name)
+        except SafetensorError as error:
+            raise CorruptCheckpoint(
+                explain(str(self.path), f"tensor {name}", str(error), "Copy the file again.")
+            ) from error
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.__exit__(None, None, None)
+            self._handle = None
+
+
+class _Pickle:
+    """One .bin file: mapped, not read, and refused if it holds anything but tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._tensors = path, None
+        tensors = self._load()
+        self.infos = {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+        # Tied tensors share one storage and count once.
+        storages = {t.untyped_storage().data_ptr(): t for t in tensors.values()}
+        self.bytes = sum(t.numel() * t.element_size() for t in storages.values())
+
+    def _load(self) -> dict[str, Tensor]:
+        again = "Copy or download the file again, or use its safetensors version."
+        start = b""
+        try:
+            with self.path.open("rb") as file:
+                start = file.read(2)
+            # Files older than torch 1.6 are no zip archive and cannot be mapped.
+            state = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=start == b"PK"
+            )
+        except pickle.UnpicklingError as error:
+            # torch opens with advice to load it unsafely: we keep only what it found.
+            found = str(error).partition("trusted source.")[2] or str(error)
+            found = found.rpartition("WeightsUnpickler error: ")[2].strip()
+            reason = found.split("\n")[0]
+            code = re.search(r"global|reduce|class|persistent", reason, re.IGNORECASE)
+            if code or (start[:1] == b"\x80" and "operand" in reason):
+                todo = "Nothing was run. Do not load this file; ask for a safetensors version."
+                came = f"a pickle that wants to run code ({reason})"
+                raise UnsafePickle(explain(str(self.path), "tensors only", came, todo)) from error
+            raise CorruptCheckpoint(
+                explain(str(self.path), "a torch file of tensors", reason or "no pickle", again)
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+            came = f"{self.path.stat().st_size} bytes that torch cannot read ({error})"
+            raise CorruptCheckpoint(
+                explain(str(self.path), "a torch file of tensors", came, again)
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            todo = "Save `model.state_dict()` itself, with `save_pretrained`."
+            came = type(state).__name__ + " with other things in it"
+            raise CorruptCheckpoint(explain(str(self.path), "a flat dict of tensors", came, todo))
+        return {str(n): t.detach() for n, t in state.items()}
+
+    def read(self, name: str) -> Tensor:
+        if self._tensors is None:
+            self._tensors = self._load()
+        return self._tensors[name]
+
+    def close(self) -> None:
+        self._tensors = None
+
+
+class TensorFiles:
+    """All tensors of a folder, in whichever of the four layouts it has them.
+
+    `stems` are the file names to look for, without ending: safetensors before .bin, one file
+    before an index of shards. Raises `CheckpointError` if there is none of them and
+    `CorruptCheckpoint` if a file or an index lies.
+    """
+
+    def __init__(self, folder: Path, stems: tuple[str, ...]) -> None:
+        ends = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+        wanted = [stem + end for end in ends for stem in stems]
+        found = [folder / name for name in wanted if (folder / name).is_file()]
+        if not found:
+            came = some((p.name for p in folder.iterdir()), 5)
+            todo = "Save the model with `save_pretrained`, or name the folder that holds weights."
+            raise CheckpointError(
+                explain(f"{folder}: no weight file", " or ".join(wanted), came, todo)
+            )
+        self._files: dict[str, _Safetensors | _Pickle] = {}
+        self._where: dict[str, str] = {}
+        index = self._index(found[0]) if found[0].suffix == ".json" else {}
+        for shard in sorted(set(index.values())) or [found[0].name]:
+            path = folder / shard
+            file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
+            self._files[shard] = file
+            self._where.update(dict.fromkeys(file.infos, shard))
+        for name, shard in index.items():
+            if name not in self._files[shard].infos:
+                todo = "The index and the shards are of different versions: fetch all files again."
+                expected = f"tensor {name} (says {found[0].name})"
+                came = f"a file without it ({some(self._files[shard].infos)})"
+                raise CorruptCheckpoint(explain(str(folder / shard), expected, came, todo))
+        self._where.update(index)
+
+    @staticmethod
+    def _index(path: Path) -> dict[str, str]:
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise CorruptCheckpoint(
+                explain(str(path), "a weight_map of tensors to files", "none", "Fetch it again.")
+            )
+        for shard in sorted(set(index.values())):
+            inside = not {"..", "/"} & set(PurePosixPath(shard).parts)
+            if not inside or not (path.parent / shard).is_file():
+                todo = f"Fetch {shard} again: the model is not whole without it."
+                raise CorruptCheckpoint(explain(str(path), f"shard {shard}", "no such file", todo))
+        return index
+
+    def names(self) -> list[str]:
+        return sorted(self._where)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, from the header. Raises `MissingTensor` if there is no such tensor."""
+        return self._file(name).infos[name]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored. Raises `MissingTensor` or `CorruptCheckpoint`."""
+        return self._file(name).read(name)
+
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self._files.values())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, name: str) -> _Safetensors | _Pickle:
+        if name not in self._where:
+            raise MissingTensor(f"{name}: no such tensor. There are: {some(self._where)}.")
+        return self._files[self._where[name]]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `CheckpointError` if it is missing or is none."""
+    if not path.is_file():
+        came = some((p.name for p in path.parent.iterdir()), 5)
+        todo = f"Copy the model's {path.name} into the folder; `save_pretrained` writes it."
+        raise CheckpointError(explain(f"{path.parent}: no {path.name}", "that file", came, todo))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
+    except ValueError as error:
+        raise CorruptCheckpoint(
+            explain(str(path), "a JSON object", str(error), "Copy or download it again.")
+        ) from error
+    return content
+
+
+# -------------------------------------------------------------------------------- references
+
+
+def resolve(reference: str) -> Path:
+    """The folder of a reference: a local folder, else a hub id `org/name` or `org/name@revision`.
+
+    A local path always wins. Raises `CheckpointError` if it is neither, or the hub has no answer.
+    """
+    path = Path(reference).expanduser()
+    if reference and path.is_dir():
+        return path
+    if path.is_file() or not _HUB_ID.fullmatch(reference):
+        came = "a file" if path.is_file() else "nothing at that path"
+        todo = "Name the folder that holds config.json or adapter_config.json, or a hub id."
+        raise CheckpointError(explain(repr(reference), "a folder here or a hub id", came, todo))
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = reference.partition("@")
+    small = ["*.json", "*.txt", "*.model", "*.jinja"]
+    # Folders inside a repository and consolidated* hold the same weights in other formats.
+    skip = ["*/*", "consolidated*"]
+    try:
+        for weights in ("*.safetensors", "*.bin"):  # .bin only where there is no safetensors
+            folder = Path(
+                snapshot_download(
+                    repo,
+                    revision=revision or None,
+                    allow_patterns=[*small, weights],
+                    ignore_patterns=[*skip, "training_args.bin", "optimizer.bin"],
+                )
+            )
+            if any(folder.glob(weights)):
+                break
+    except Exception as error:  # offline, not found, gated, bad name: many unrelated classes
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"'{reference}': not a folder here, and the hub could not be reached or refused it "
+            f"({type(error).__name__}: {reason}).\n  Check the spelling; for a gated model log in "
+            f"with `hf auth login`; without a network, download it first and give its folder."
+        ) from error
+    return folder
+
+
+def _split(reference: str) -> tuple[str, str] | None:
+    """(base, adapter) if the reference is `base+adapter`; a folder with + in its name is one."""
+    if Path(reference).expanduser().is_dir():
+        return None
+    here = [i for i, letter in enumerate(reference) if letter == "+"]
+    cuts = [(reference[:i], reference[i + 1 :]) for i in here]
+
+    def known(part: str) -> float:
+        return Path(part).expanduser().is_dir() + 0.4 * bool(_HUB_ID.fullmatch(part))
+
+    return max(cuts, key=lambda cut: known(cut[0]) + known(cut[1])) if cuts else None
+
+
+class Checkpoint:
+    """One full checkpoint as stored. Tensors are read one at a time; files stay open until `close`.
+
+    `reference` is what the user wrote, `folder` where it is on this disk, `config` its config.json.
+    """
+
+    def __init__(self, reference: str, folder: Path, config: dict[str, Any], files: TensorFiles):
+        self.reference, self.folder, self.config, self.files = reference, folder, config, files
+
+    @classmethod
+    def open(cls, reference: str) -> Checkpoint:
+        """A local folder or hub id (`org/name@revision`). Reads headers only.
+
+        Raises `CheckpointError`: nothing there, no config.json or weights; `CorruptCheckpoint`,
+        `UnsafePickle`; `UnsupportedCheckpoint` for quantised weights.
+        """
+        folder = resolve(reference)
+        config = read_json(folder / "config.json")
+        quantised = config.get("quantization_config") or config.get("compression_config")
+        todo = "Dequantise the model and save it in bfloat16 first; then give us that folder."
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            came = f"weights quantised by {method or 'an unnamed method'}"
+            raise UnsupportedCheckpoint(explain(f"'{reference}'", "plain weights", came, todo))
+        files = TensorFiles(folder, ("model", "pytorch_model"))
+        if packed := [n for n in files.names() if _QUANTISED.search(n)]:
+            came = f"quantised ones (GPTQ, AWQ or bitsandbytes: {some(packed)})"
+            raise UnsupportedCheckpoint(explain(f"'{reference}'", "plain weights", came, todo))
+        return cls(reference, folder, config, files)
+
+    def names(self) -> list[str]:
+        """All tensor names as stored, sorted."""
+        return self.files.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, from the header. Raises `MissingTensor`."""
+        return self.files.info(name)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored. Raises `MissingTensor`, `CorruptCheckpoint`."""
+        return self.files.read(name)
+
+    def bytes(self) -> int:
+        """Bytes of all tensors; one storage under two names (.bin) counts once."""
+        return self.files.bytes()
+
+    def close(self) -> None:
+        """Let go of the files. A later `read` opens them again."""
+        self.files.close()
+
+    def floats(self) -> list[str]:
+        """The names of the tensors that can be merged: float ones."""
+        return [n for n in self.names() if self.info(n).dtype.is_floating_point]
+
+    def ties(self) -> bool:
+        """False only where config.json says that input and output embedding are two weights."""
+        nested = self.config.get("text_config") or {}
+        return (
+            self.config.get("tie_word_embeddings", nested.get("tie_word_embeddings")) is not False
+        )
+
+    def vocabularies(self) -> set[int]:
+        """Row counts that mean "one row per token": from the config and from the embeddings."""
+        nested = self.config.get("text_config") or {}
+        sizes = {self.config.get("vocab_size"), nested.get("vocab_size")}
+        for name in filter(EMBEDDING.search, self.names()):
+            if len(self.info(name).shape) == 2 and not re.search("position|type", name):
+                sizes.add(self.info(name).shape[0])
+        return {size for size in sizes if isinstance(size, int)}
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same bits (compared only if shape and dtype agree)."""
+        return self.info(one) == self.info(other) and torch.equal(self.read(one), self.read(other))
+
+
+# --------------------------------------------------------------------------------- alignment
+
+
+_RENAMED = [(r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")]
+# The ViT family: files keep the left names, but a live model (so a peft adapter) of transformers 5
+# has the right ones. From transformers' own conversion_mapping.py.
+_RENAMED_VIT = [
+    (r"encoder\.layer\.(\d+)", r"layers.\1"),
+    (
+        r"attention\.attention\.(q)uery|attention\.attention\.([kv])(ey|alue)",
+        r"attention.\1\2_proj",
+    ),
+    (r"attention\.output\.dense", "attention.o_proj"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
+]
+
+
+def canonical(name: str, vit: bool = False) -> str:
+    """The name as a live model of today's transformers has it: `LayerNorm.gamma` is `.weight`."""
+    for old, new in [*_RENAMED, *(_RENAMED_VIT if vit else [])]:
+        name = re.sub(old, new, name)
+    return name
+
+
+def align(base: Iterable[str], expert: Iterable[str]) -> tuple[str, str, dict[str, str]]:
+    """(prefix in the base, prefix in the expert, {base name: expert name}) that match most names.
+
+    `encoder.x` and `bert.encoder.x` give ("", "bert.", ...); the reverse gives ("bert.", "", ...);
+    `model.x` and `model.language_model.x` give both. One prefix has to start or end with the
+    other, so that `encoder.0` is never taken for `decoder.0`. Names outside of the base's prefix
+    match if they are equal.
+    """
+    sides = (list(base), list(expert))
+    vit = any(".attention.attention.query" in n for names in sides for n in names)
+    ours, theirs = ({canonical(n, vit): n for n in names} for names in sides)
+
+    def prefixes(names: Iterable[str], total: int) -> list[str]:
+        parts = [n.split(".") for n in names]
+        counts = Counter(".".join(p[:d]) + "." for p in parts for d in (1, 2, 3) if d < len(p))
+        return ["", *(p for p, count in counts.items() if count >= total / 5)]
+
+    def mapping(before: str, after: str) -> dict[str, str]:
+        found = {}
+        for name, stored in ours.items():
+            moved = after + name[len(before) :] if name.startswith(before) else name
+            if moved in theirs:
+                found[stored] = theirs[moved]
+        return found
+
+    pairs = [
+        (p, q)
+        for p in prefixes(ours, len(ours))
+        for q in prefixes(theirs, len(theirs))
+        if p.startswith(q) or p.endswith(q) or q.startswith(p) or q.endswith(p)
+    ]
+    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))  # of equal ones, the shortest
+    best = max(pairs, key=lambda pair: len(set(mapping(*pair).values())))
+    return *best, mapping(*best)
+
+
+def is_head(name: str, base: Checkpoint) -> bool:
+    """Whether this base tensor belongs to a task head, so that experts may differ in its shape.
+
+    In transformers a head is a top-level sibling of the backbone (`classifier.` beside `bert.`).
+    So: some first segment holds more than half of the base's parameters, this tensor is outside of
+    it, and it is not the output embedding (a row per token), which is a head only by name. A base
+    saved without its wrapper (`encoder.`, `embeddings.`) has no heads.
+    """
+    sizes: Counter[str] = Counter()
+    for each in base.names():
+        sizes[each.split(".")[0]] += max(1, torch.Size(base.info(each).shape).numel())
+    body, size = max(sizes.items(), key=lambda item: item[1], default=("", 0))
+    first = name.split(".")[0]
+    inside = {body, first} & _INSIDE or first.endswith("_model") or first == body
+    if inside or 2 * size <= sum(sizes.values()) or _OUTPUT.search(name):
+        return False
+    return not base.vocabularies() & set(base.info(name).shape[:1])
+
+
+# ------------------------------------------------------------------------------------ experts
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an expert: its own name and header, how to read it, its factors if known."""
+
+    own: str
+    info: TensorInfo
+    read: Callable[[], Tensor]
+    vector: Callable[[], LowRank | Unchanged | None] = lambda: None
+
+
+class Expert:
+    """One fine-tuned model, full or adapter, under the base's tensor names.
+
+    `config` is the expert's own config.json (an adapter has none: the base's). `labels` are its
+    class names in order, None if it carries none. `prefix` stands before the base's names in the
+    expert ("bert."), `base_prefix` the other way round; "" if the names are equal. `tied` maps a
+    second name of a tensor to the base name it is read from. `notes` are plain sentences about what
+    a person should know. `adapter_config` is None for full checkpoints.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: str,
+        base: Checkpoint,
+        files: TensorFiles,
+        entries: dict[str, Entry],
+        heads: dict[str, Entry],
+        *,
+        config: dict[str, Any],
+        prefixes: tuple[str, str] = ("", ""),
+        tied: dict[str, str] | None = None,
+        notes: list[str] | None = None,
+        adapter_config: dict[str, Any] | None = None,
+    ) -> None:
+        self.name, self.reference, self.config = name, reference, config
+        self.base_prefix, self.prefix = prefixes
+        self.tied, self.notes = tied or {}, notes or []
+        self.adapter_config, self.is_adapter = adapter_config, adapter_config is not None
+        labels = None if self.is_adapter else config.get("id2label")
+        self.labels = [str(labels[k]) for k in sorted(labels, key=int)] if labels else None
+        self._files = files
+        # A head that the base has too, in another shape: its whole module goes, weight and bias.
+        other = {n for n, e in entries.items() if e.info.shape != base.info(n).shape}
+        modules = {n.split(".")[0] for n in other if is_head(n, base)}
+        moved = {n for n in entries if n.split(".")[0] in modules}
+        self._heads = heads | {entries[n].own: entries[n] for n in moved}
+        self._entries = {n: e for n, e in entries.items() if n not in moved}
+        self._missing = sorted(n for n in base.names() if n not in entries)
+
+    def names(self) -> list[str]:
+        """The base's names of the tensors it has, sorted; tied ones included."""
+        return sorted(self._entries)
+
+    def head_names(self) -> list[str]:
+        """Tensors without a counterpart in the base, under the expert's own names, sorted."""
+        return sorted(self._heads)
+
+    def missing(self) -> list[str]:
+        """Base tensors that it lacks, of any dtype (not those it has as a head), sorted."""
+        return self._missing
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of what `read` gives. Raises `MissingTensor`."""
+        return self._entry(name).info
+
+    def read(self, name: str) -> Tensor:
+        """The full tensor W_t, by base name or head name. Raises `MissingTensor`.
+
+        As stored; where an adapter adds something: base plus delta, computed and given in float32.
+        """
+        return self._entry(name).read()
+
+    def task_vector(self, name: str) -> LowRank | Unchanged | None:
+        """`W_t - W_0` where it is known without a subtraction.
+
+        `UNCHANGED` if an adapter leaves the tensor alone, factors if it changes it by LoRA only,
+        None where only the dense difference is known: full checkpoints, `modules_to_save`, biases,
+        heads. Raises `MissingTensor`.
+        """
+        return self._entry(name).vector()
+
+    def close(self) -> None:
+        """Let go of the expert's files (the base stays open). A later `read` opens them again."""
+        self._files.close()
+
+    def _entry(self, name: str) -> Entry:
+        for key in (name, self.tied.get(name)):
+            if key in self._entries:
+                return self._entries[key]
+        if name in self._heads:
+            return self._heads[name]
+        todo = "`names()`, `head_names()` and `missing()` list what there is."
+        came = f"{len(self._entries)} others ({some(self._entries)})"
+        raise MissingTensor(explain(f"expert '{self.name}'", f"tensor {name}", came, todo))
+
+
+def _open_full(name: str, reference: str, folder: Path, base: Checkpoint) -> Expert:
+    """A full checkpoint as an expert: names aligned, ties found, heads told from buffers."""
+    own = Checkpoint.open(str(folder))
+    floats = base.floats()
+    before, after, found = align(base.names(), own.names())
+    matched = sum(n in found for n in floats)
+    if 2 * matched < len(floats) or not matched:
+        expected = f"the base's names, e.g. {some(floats)}"
+        came = f"{some(own.floats())} ({matched} of {len(floats)} match)"
+        todo = "This is a checkpoint of another architecture or of another base: check both paths."
+        raise CheckpointError(explain(f"expert '{name}'", expected, came, todo))
+
+    def entry(stored: str) -> Entry:
+        return Entry(stored, own.info(stored), lambda: own.read(stored))
+
+    entries = {n: entry(stored) for n, stored in found.items()}
+    tied, heads, buffers = {}, {}, []
+    rows = own.vocabularies() if own.ties() else set()
+    for extra in sorted(set(own.names()) - set(found.values())):
+        shape = own.info(extra).shape
+        twins = (n for n, stored in found.items() if own.same(stored, extra))
+        if shape and shape[0] in rows and (twin := next(twins, None)):
+            tied[extra] = twin
+        elif own.info(extra).dtype.is_floating_point and not _BUFFERS.search(extra):
+            heads[extra] = entry(extra)
+        else:
+            buffers.append(extra)
+    notes = [f"Left out: buffers that the base does not have ({some(buffers)})."] if buffers else []
+    rows = base.vocabularies() if base.ties() else set()
+    for lost in sorted(set(floats) - set(found)):
+        shape = base.info(lost).shape
+        twins = (n for n in found if base.same(n, lost))
+        if shape and shape[0] in rows and (twin := next(twins, None)):
+            tied[lost], entries[lost] = twin, entries[twin]
+    prefixes, config = (before, after), own.config
+    shared: dict[str, Any] = dict(config=config, prefixes=prefixes, tied=tied, notes=notes)
+    return Expert(name, reference, base, own.files, entries, heads, **shared)
+
+
+def open_expert(name: str, reference: str, base: Checkpoint) -> Expert:
+    """Open a fine-tuned model of `base`: a full checkpoint, an adapter, or `base+adapter`.
+
+    Each part is a local folder (which always wins) or a hub id, `org/name@revision`. Reads headers,
+    and data only where tied tensors have to be compared. Shapes are not compared here, except an
+    adapter's: see `check_shapes`. Raises `CheckpointError` and its kinds.
+    """
+    # Here, not above: adapter.py builds on this module.
+    from twinmerge.adapter import open_adapter
+
+    parts = _split(reference)
+    if parts and parts[0] != base.reference:
+        if resolve(parts[0]).resolve() != base.folder.resolve():
+            expected, came = f"the recipe's base '{base.reference}'", f"'{parts[0]}' before the +"
+            todo = "The adapter's base is not the recipe's base: write the same one in both places."
+            raise CheckpointError(explain(f"expert '{name}'", expected, came, todo))
+    folder = resolve(parts[1] if parts else reference)
+    weights = any(folder.glob("adapter_model.*")) or not (folder / "config.json").is_file()
+    if parts or ((folder / "adapter_config.json").is_file() and weights):
+        return open_adapter(name, reference, folder, base)
+    return _open_full(name, reference, folder, base)
+
+
+def check_shapes(base: Checkpoint, expert: Expert) -> None:
+    """Raises `ShapeMismatch` for the first shared tensor whose shape is not the base's."""
+    for name in expert.names():
+        want, came = base.info(name).shape, expert.info(name).shape
+        if want == came:
+            continue
+        message = f"{name}: base has shape {want}, expert '{expert.name}' has {came}.\n  "
+        table = len(want) == len(came) == 2 and want[1] == came[1] and EMBEDDING.search(name)
+        if table and "position" not in name and came[0] > want[0]:
+            message += f"The expert grew its vocabulary by {came[0] - want[0]}. Resize the base to "
+            message += f"{came[0]} rows first, or leave `{expert.name}` out."
+        elif table and "position" not in name:
+            message += f"The expert's vocabulary is smaller by {want[0] - came[0]}. Resize the "
+            message += f"expert to {want[0]} rows first, or leave `{expert.name}` out."
+        else:
+            message += f"It was tuned from another base: check both, or leave `{expert.name}` out."
+        raise ShapeMismatch(message)

@@ -1,0 +1,1 @@
+"""Offline: tensors in, tensors out. No model classes."""

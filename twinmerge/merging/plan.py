@@ -1,0 +1,272 @@
+"""What will happen to every tensor, decided from file headers before any weight is read.
+
+Every tensor of the base and of the experts gets a kind; nothing is left over. What does not fit
+together (a missing tensor, another shape, heads that not all experts have) is an error here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from ..artifact.format import Kind
+from ..checkpoint import Checkpoint, Expert, TensorInfo, check_shapes, open_expert, some
+from ..errors import CheckpointError, MissingTensor, UnsupportedCheckpoint
+from ..recipe import Recipe
+from .exclusive import Cut, matrix_shape
+
+# What a config.json may say otherwise than the base's without changing what the weights mean.
+_NEUTRAL = re.compile(
+    r"^_|^(architectures|transformers_version|torch_dtype|dtype|use_cache|gradient_checkpointing)$"
+    r"|dropout|_drop$|_pdrop$|^(initializer_range|output_.*|return_dict|.*_token_id)$"
+)
+_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|decoder)\.")
+_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "pad_token_id")
+_ADAPTER_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor and its fate."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """In which it is stored: the recipe's out_dtype, or the base's own."""
+    matrix: tuple[int, int] | None = None
+    tied_to: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the shared expert."""
+        if self.kind in ("head", "tied"):
+            return 0
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build, before it runs. `tensors` are in the order of writing: by item size, then name."""
+
+    recipe: Recipe
+    base: Checkpoint
+    experts: list[Expert]
+    tensors: list[Planned]
+    cut: Cut
+    model_class: str
+    configs: dict[str, dict[str, Any]]
+    outputs: dict[str, int | None]
+    warnings: list[str]
+
+    def expert_bytes(self) -> int:
+        """Upper bound of one expert's file, heads included."""
+        total = 0
+        for tensor in self.tensors:
+            size = tensor.dtype.itemsize
+            if tensor.kind == "head":
+                infos = [expert.info(tensor.name) for expert in self.experts]
+                total += max(prod(info.shape) * info.dtype.itemsize for info in infos)
+            elif tensor.kind == "matrix" and tensor.matrix:
+                total += self.cut.limit(*tensor.matrix) * sum(tensor.matrix) * size
+            elif tensor.kind == "vector" and not self.cut.none:
+                total += tensor.bytes
+        return total
+
+    def shared_bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    def peak_bytes(self) -> int:
+        """About what the build holds at once: base, experts, and working copies of one tensor."""
+        largest = max((prod(t.shape) for t in self.tensors if t.kind != "head"), default=0)
+        work = 8 if self.recipe.dtype == "float64" else 4
+        return (2 * len(self.experts) + 3) * largest * work
+
+    def close(self) -> None:
+        for expert in self.experts:
+            expert.close()
+        self.base.close()
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Open the base and all experts (headers only) and decide what becomes of each tensor.
+
+    Raises `CheckpointError` and its kinds; every message names the tensor and the expert.
+    """
+    base = Checkpoint.open(recipe.base_model)
+    experts = [open_expert(entry.name, entry.model, base) for entry in recipe.models]
+    for expert in experts:
+        check_shapes(base, expert)
+    heads = sorted({name for expert in experts for name in expert.head_names()})
+    tensors = [_planned_head(name, base, experts) for name in heads]
+    tied = _tied(base)
+    for name in base.names():
+        info = base.info(name)
+        dtype = getattr(torch, recipe.out_dtype) if recipe.out_dtype else info.dtype
+        if not info.dtype.is_floating_point:
+            tensors.append(Planned(name, "buffer", info.shape, info.dtype))
+            continue
+        if name in tied:
+            tensors.append(Planned(name, "tied", info.shape, dtype, tied_to=tied[name]))
+            continue
+        holders = [expert for expert in experts if name not in expert.missing()]
+        if name in heads or not holders:
+            tensors.append(Planned(name, "base_only", info.shape, dtype))
+            continue
+        if len(holders) < len(experts):
+            lacking = next(expert for expert in experts if expert not in holders)
+            raise MissingTensor(
+                f"{name}: the base and expert '{holders[0].name}' have it, expert "
+                f"'{lacking.name}' ({lacking.reference}) does not.\n  "
+                f"Save '{lacking.name}' again with all its weights, or leave it out."
+            )
+        if info.dtype.itemsize < 2:
+            raise UnsupportedCheckpoint(
+                f"{name}: stored as {info.dtype}, which cannot be merged without a scale.\n  "
+                "Save the models in bfloat16 first."
+            )
+        matrix = matrix_shape(info.shape)
+        tensors.append(Planned(name, "matrix" if matrix else "vector", info.shape, dtype, matrix))
+    tensors.sort(key=lambda t: (-t.dtype.itemsize, t.name))
+    configs, warnings = _configs(base, experts, recipe)
+    warnings = [f"expert '{e.name}': {note}" for e in experts for note in e.notes] + warnings
+    return Plan(
+        recipe=recipe,
+        base=base,
+        experts=experts,
+        tensors=tensors,
+        cut=_cut(recipe),
+        model_class=_model_class(base, experts, bool(heads)),
+        configs=configs,
+        outputs={expert.name: _outputs(expert, heads) for expert in experts},
+        warnings=warnings,
+    )
+
+
+def _cut(recipe: Recipe) -> Cut:
+    exclusive = recipe.exclusive
+    if exclusive.energy is not None:
+        return Cut(energy=exclusive.energy)
+    if isinstance(exclusive.rank, int):
+        return Cut(rank=exclusive.rank)
+    assert exclusive.rank is not None, "a recipe has a rank or an energy"
+    if exclusive.rank.endswith("%"):
+        return Cut(share=float(exclusive.rank.rstrip("% ")) / 100)
+    return Cut(full=True) if exclusive.rank == "full" else Cut(none=True)
+
+
+def _planned_head(name: str, base: Checkpoint, experts: list[Expert]) -> Planned:
+    infos: dict[str, TensorInfo] = {}
+    for expert in experts:
+        try:
+            infos[expert.name] = expert.info(name)
+        except MissingTensor:
+            having = next(e.name for e in experts if name in e.head_names())
+            raise MissingTensor(
+                f"{name}: a head tensor of expert '{having}' that expert '{expert.name}' "
+                f"({expert.reference}) does not have; its heads: {some(expert.head_names())}.\n  "
+                "All experts of one merge need the same kind of head (classes may differ). For an "
+                "adapter, save the head with modules_to_save."
+            ) from None
+    first = infos[experts[0].name]
+    dtypes = {info.dtype for info in infos.values()}
+    if len({dtype.itemsize for dtype in dtypes}) > 1:
+        # One order of writing serves all files: by the widest item of this head.
+        first = max(infos.values(), key=lambda info: info.dtype.itemsize)
+    return Planned(name, "head", infos[experts[0].name].shape, first.dtype)
+
+
+def _tied(base: Checkpoint) -> dict[str, str]:
+    """Second names of tensors that the base stores twice: an output embedding and its input."""
+    if not base.ties():
+        return {}
+    rows = base.vocabularies()
+    shapes = {name: base.info(name).shape for name in base.floats()}
+    tables = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] in rows]
+    tied: dict[str, str] = {}
+    for name in tables:
+        if _OUTPUT.search(name):  # the input embedding is the one that transformers saves
+            twin = next((t for t in tables if not _OUTPUT.search(t) and base.same(t, name)), None)
+            if twin is not None:
+                tied[name] = twin
+    return tied
+
+
+def _outputs(expert: Expert, heads: list[str]) -> int | None:
+    """Outputs of an expert's head: rows of the one matrix that no other head matrix reads from."""
+    shapes = [expert.info(name).shape for name in heads if name in expert.head_names()]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    last = [s for s in matrices if not any(s[0] == o[1] for o in matrices if o is not s)]
+    return min((shape[0] for shape in last or matrices), default=None)
+
+
+def _model_class(base: Checkpoint, experts: list[Expert], heads: bool) -> str:
+    """The task model's class in transformers; one for the whole artifact."""
+    classes: dict[str, str] = {}
+    own = (base.config.get("architectures") or ["AutoModel"])[0]
+    for expert in experts:
+        if expert.adapter_config is None:
+            classes[expert.name] = (expert.config.get("architectures") or [own])[0]
+        else:
+            task = expert.adapter_config.get("task_type")
+            if task is None and heads:
+                raise UnsupportedCheckpoint(
+                    f"expert '{expert.name}': has a head of its own, but its adapter_config.json "
+                    f"names no task_type.\n  Set it to one of {', '.join(_ADAPTER_CLASSES)}."
+                )
+            classes[expert.name] = _ADAPTER_CLASSES.get(str(task), own)
+    kinds = {cls: _kind(cls, own) for cls in classes.values()}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"'{name}' is a {cls}" for name, cls in classes.items())
+        raise CheckpointError(
+            f"the experts are different kinds of task model: {listed}.\n  "
+            "One artifact holds one kind; build one for each."
+        )
+    return min(kinds, key=lambda cls: (cls.startswith("Auto"), cls))
+
+
+def _kind(cls: str, own: str) -> str:
+    """`ForSequenceClassification` of `BertForSequenceClassification`; `` of `BertModel`."""
+    found = re.search(r"For[A-Z]\w*$", cls)
+    if found:
+        return found[0]
+    return "ForCausalLM" if cls.endswith("LMHeadModel") else ""
+
+
+def _configs(
+    base: Checkpoint, experts: list[Expert], recipe: Recipe
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What each expert's config says otherwise: its labels kept, anything of weight warned of."""
+    configs: dict[str, dict[str, Any]] = {}
+    warnings = []
+    for expert, entry in zip(experts, recipe.models, strict=True):
+        config: dict[str, Any] = {}
+        if not expert.is_adapter:
+            config = {
+                key: expert.config[key]
+                for key in _LABELS
+                if expert.config.get(key) is not None
+                and expert.config[key] != base.config.get(key)
+            }
+            for key in sorted(set(expert.config) & set(base.config)):
+                ours, theirs = base.config[key], expert.config[key]
+                if ours != theirs and key not in _LABELS and not _NEUTRAL.search(key):
+                    warnings.append(
+                        f"expert '{expert.name}': its config.json has {key} = {theirs!r}, the "
+                        f"base's {ours!r}; the artifact runs with the base's."
+                    )
+        if entry.labels is not None:
+            config["id2label"] = {str(i): label for i, label in enumerate(entry.labels)}
+        configs[expert.name] = config
+    return configs, warnings

@@ -1,0 +1,1 @@
+"""Online: an artifact, run. Never sees the original checkpoints."""

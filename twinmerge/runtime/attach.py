@@ -1,0 +1,214 @@
+"""Putting an artifact's factors and heads into a model.
+
+Works by module type and parameter name: there is no list of architectures. A tensor of the
+manifest is looked up under its own name, with the model's base prefix, and without it; every
+module that holds that very parameter gets its factors (tied weights are thus served once each).
+What cannot be run exactly with a weighting per row is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from ..artifact.format import DELTA, HEAD, A, B, TensorRecord
+from ..artifact.reader import Artifact, TensorMap
+from ..errors import CorruptArtifact, UnsupportedModel
+from .heads import HeadSwitch
+from .layers import (
+    Patch,
+    Stacked,
+    TwinConv,
+    TwinConv1D,
+    TwinElementwise,
+    TwinEmbedding,
+    TwinLayerNorm,
+    TwinLinear,
+    TwinParameter,
+    Whole,
+)
+
+
+@dataclass
+class _Site:
+    """One module that gets patches: by attribute name."""
+
+    module: nn.Module
+    patches: dict[str, Patch] = field(default_factory=dict)
+
+
+def parameter_names(model: nn.Module, prefix: str, names: list[str]) -> dict[str, str]:
+    """Base tensor name -> parameter name in `model`. Names that the model lacks are left out."""
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for name in names:
+        shorter = name.removeprefix(f"{prefix}.")
+        candidates = (name, f"{prefix}.{name}", shorter)
+        match = next((candidate for candidate in candidates if candidate in known), None)
+        if match is not None:
+            found[name] = match
+    return found
+
+
+def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) -> None:
+    """Replace the modules whose weights differ between experts by layers that mix them.
+
+    `names` maps base tensor names to parameter names. Raises `UnsupportedModel` by name.
+    """
+    changed = [record for record in artifact.manifest.tensors if _differs(record)]
+    patches = _read_patches(artifact, changed)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    holders: dict[int, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append((path, attribute))
+    modules = dict(model.named_modules())
+    sites: dict[str, _Site] = {}
+    for record in changed:
+        if record.name not in names:
+            raise UnsupportedModel(
+                f"{record.name}: the experts differ in it, but {type(model).__name__} has no such "
+                "parameter. Its part of the experts would be lost."
+            )
+        parameter = parameters[names[record.name]]
+        for path, attribute in holders[id(parameter)]:
+            site = sites.setdefault(path, _Site(modules[path]))
+            patch = patches[record.name]
+            if isinstance(patch, Whole):
+                patch = Whole(patch.delta.to(parameter.dtype))
+            else:
+                dtype = parameter.dtype
+                patch = Stacked(patch.a.to(dtype), patch.b.to(dtype), patch.owner)
+            site.patches[attribute] = patch
+    for path, site in sites.items():
+        _replace(model, path, site)
+
+
+def _differs(record: TensorRecord) -> bool:
+    return record.kind in ("matrix", "vector") and any(
+        share.rank is None or share.rank > 0 for share in record.experts.values()
+    )
+
+
+def _read_patches(artifact: Artifact, records: list[TensorRecord]) -> dict[str, Patch]:
+    """The factors of all experts, stacked; one expert's file is open at a time."""
+    experts = artifact.manifest.names
+    parts: dict[str, dict[int, tuple]] = {record.name: {} for record in records}
+    for index, expert in enumerate(experts):
+        with artifact.expert(expert) as tensors:
+            for record in records:
+                share = record.experts.get(expert)
+                if share is None or share.rank == 0:
+                    continue
+                parts[record.name][index] = _read_share(tensors, record, expert)
+    patches: dict[str, Patch] = {}
+    for record in records:
+        found = parts[record.name]
+        if record.matrix is None:
+            delta = torch.stack(
+                [
+                    found[i][0] if i in found else torch.zeros_like(next(iter(found.values()))[0])
+                    for i in range(len(experts))
+                ]
+            )
+            patches[record.name] = Whole(delta)
+        else:
+            owner = torch.cat([torch.full((len(a),), i) for i, (a, _) in found.items()])
+            a = torch.cat([a for a, _ in found.values()])
+            b = torch.cat([b for _, b in found.values()], dim=1)
+            patches[record.name] = Stacked(a, b, owner)
+    return patches
+
+
+def _read_share(tensors: TensorMap, record: TensorRecord, expert: str) -> tuple:
+    wanted = [record.name + suffix for suffix in ((A, B) if record.matrix else (DELTA,))]
+    for name in wanted:
+        if name not in tensors:
+            raise CorruptArtifact(
+                f"experts/{expert}.safetensors: expected the tensor {name}, which the manifest "
+                "lists. Copy the folder again, or rebuild."
+            )
+    return tuple(tensors[name] for name in wanted)
+
+
+def _replace(model: nn.Module, path: str, site: _Site) -> None:
+    module, patches = site.module, site.patches
+    weight, bias = patches.get("weight"), patches.get("bias")
+    kind = type(module)
+    known = set(patches) <= {"weight", "bias"}
+    new: nn.Module
+    if kind is nn.Linear and known and not isinstance(weight, Whole):
+        new = TwinLinear(module, weight, _whole(bias), path)
+    elif kind is Conv1D and known and not isinstance(weight, Whole):
+        new = TwinConv1D(module, weight, _whole(bias), path)
+    elif kind is nn.Embedding and isinstance(weight, Stacked):
+        new = TwinEmbedding(module, weight, path)
+    elif kind is nn.LayerNorm and known and len(module.normalized_shape) == 1:
+        new = TwinLayerNorm(module, _whole(weight), _whole(bias), path)
+    elif isinstance(module, nn.modules.conv._ConvNd) and known and not isinstance(weight, Whole):
+        new = TwinConv(module, weight, _whole(bias), path)
+    elif _is_elementwise(module, patches):
+        new = TwinElementwise(module, {k: v for k, v in patches.items() if isinstance(v, Whole)}, path)
+    else:
+        for attribute, patch in patches.items():
+            where = f"{path}.{attribute}" if path else attribute
+            original = getattr(module, attribute)
+            if kind.__module__.startswith("torch.nn"):
+                raise UnsupportedModel(
+                    f"{where}: a {kind.__name__} cannot be run with a weighting per row yet. "
+                    "Leave its weights out of the experts, or use a static merge."
+                )
+            mix = TwinParameter(original.shape, patch, where)
+            parametrize.register_parametrization(module, attribute, mix)
+        return
+    new.train(module.training)
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
+
+
+def _whole(patch: Patch | None) -> Whole | None:
+    assert not isinstance(patch, Stacked), "vectors are kept whole"
+    return patch
+
+
+def _is_elementwise(module: nn.Module, patches: dict[str, Patch]) -> bool:
+    """Whether a module owns nothing but vectors of one length, as norms and scales do."""
+    own = dict(module.named_parameters(recurse=False))
+    children = any(True for _ in module.children())
+    vectors = all(p.ndim == 1 for p in own.values()) and len({p.shape for p in own.values()}) == 1
+    return not children and vectors and all(isinstance(p, Whole) for p in patches.values())
+
+
+def attach_heads(
+    model: nn.Module, skeletons: dict[str, nn.Module], artifact: Artifact, roots: dict[str, list[str]]
+) -> None:
+    """Put a `HeadSwitch` at every root, filled with each expert's own head.
+
+    `skeletons` maps an expert to a model (on the meta device) of its configuration, from which the
+    empty head modules are taken.
+    """
+    experts = artifact.manifest.names
+    for root, tensors in roots.items():
+        heads: dict[str, nn.Module] = {}
+        template = next(model.get_submodule(root).parameters())
+        for expert in experts:
+            head = skeletons[expert].get_submodule(root).to_empty(device="cpu")
+            with artifact.expert(expert) as stored:
+                state = {
+                    name.removeprefix(f"{root}."): stored[name + HEAD]
+                    for name in tensors
+                    if name + HEAD in stored
+                }
+            missing, unexpected = head.load_state_dict(state, strict=False, assign=True)
+            if missing or unexpected:
+                raise UnsupportedModel(
+                    f"{root}: the head of expert '{expert}' does not fit "
+                    f"{type(head).__name__}: missing {missing}, not used {unexpected}."
+                )
+            heads[expert] = head.to(template.dtype)
+        parent, _, attribute = root.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, HeadSwitch(heads, root))

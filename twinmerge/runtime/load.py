@@ -1,0 +1,164 @@
+"""From a folder to a running model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from ..artifact.format import ExpertRecord, Manifest, RouterRecord
+from ..artifact.reader import Artifact
+from ..errors import ArtifactError, CorruptArtifact, RouterError, UnsupportedModel
+from .attach import attach_factors, attach_heads, parameter_names
+from .heads import head_roots
+from .model import TwinModel
+from .router.mlp import RouterMLP
+
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    check: bool = True,
+) -> TwinModel:
+    """Open an artifact as a model that routes and answers.
+
+    folder: what `twinmerge merge` wrote
+    dtype:  to run in; default as stored
+    device: to run on
+    check:  compare all files with the manifest's digests first
+
+    The model comes in evaluation mode. An artifact without a router loads; `route` then raises
+    `RouterError`, and calls need `task=` or `weights=`. Raises `ArtifactError` and its kinds for
+    what is wrong with the folder, `UnsupportedModel` for layers that cannot be run exactly.
+    """
+    artifact = Artifact(folder, check=check)
+    manifest = artifact.manifest
+    model = load_shared(artifact, dtype)
+    names = _body_names(model, manifest)
+    heads = [record.name for record in manifest.tensors if record.kind == "head"]
+    roots = head_roots(heads, set(names.values())) if heads else {}
+    attach_factors(model, artifact, names)
+    if roots:
+        skeletons = {e.name: _skeleton(artifact, e, manifest.model_class) for e in manifest.experts}
+        attach_heads(model, skeletons, artifact, roots)
+    problem: RouterError | None = None
+    router: tuple[RouterMLP, RouterRecord] | None = None
+    try:
+        router = load_router(artifact)
+    except RouterError as error:
+        problem = error
+    twin = TwinModel(model, manifest, artifact.folder, router, problem)
+    return twin.to(device).eval().requires_grad_(False)
+
+
+def load_router(artifact: Artifact) -> tuple[RouterMLP, RouterRecord]:
+    """The fitted router. Raises `RouterError` if there is none or it does not belong here."""
+    tensors = artifact.router()
+    fitted = artifact.manifest.router
+    assert fitted is not None, "artifact.router() checks it"
+    mlp = RouterMLP(fitted.width, fitted.hidden, len(fitted.experts))
+    mlp.load_state_dict(tensors)
+    return mlp.eval(), fitted
+
+
+def load_shared(artifact: Artifact, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The shared expert as the experts' task model, heads not filled in yet.
+
+    Raises `CorruptArtifact` or `UnsupportedModel` if a weight of the body finds no place.
+    """
+    manifest = artifact.manifest
+    cls = model_class(manifest)
+    config = _config(artifact.folder, manifest.experts[0])
+    with _quiet():
+        model, info = cls.from_pretrained(
+            artifact.folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    heads = {record.name for record in manifest.tensors if record.kind == "head"}
+    kinds = {record.name: record.kind for record in manifest.tensors}
+    missing = sorted(set(info["missing_keys"]) - heads)
+    lost = [n for n in sorted(info["unexpected_keys"]) if kinds.get(n) in ("matrix", "vector")]
+    if missing or info.get("mismatched_keys"):
+        names = missing or sorted(str(key) for key in info["mismatched_keys"])
+        raise CorruptArtifact(
+            f"{artifact.folder}: the shared expert lacks {', '.join(names[:3])} that "
+            f"{type(model).__name__} needs. Was the base a model of another class?"
+        )
+    if lost:
+        raise UnsupportedModel(
+            f"{artifact.folder}: {type(model).__name__} has no place for {', '.join(lost[:3])} "
+            f"({len(lost)} in all). The installed transformers ({transformers.__version__}) may "
+            "name this model's weights otherwise."
+        )
+    return model
+
+
+def model_class(manifest: Manifest) -> Any:
+    """The task model's class in transformers."""
+    cls = getattr(transformers, manifest.model_class, None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise UnsupportedModel(
+            f"{manifest.model_class}: transformers {transformers.__version__} has no such model "
+            "class. Upgrade transformers; remote code is not run."
+        )
+    return cls
+
+
+def _config(folder: Path, expert: ExpertRecord) -> Any:
+    """The base's configuration with one expert's labels."""
+    try:
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ArtifactError(f"{folder / 'config.json'}: {problem}. Rebuild the artifact.") from None
+    own.update(expert.config)
+    if expert.outputs is not None:
+        known = {int(key): value for key, value in (expert.config.get("id2label") or {}).items()}
+        own["id2label"] = {i: known.get(i, f"LABEL_{i}") for i in range(expert.outputs)}
+        own["label2id"] = {label: i for i, label in own["id2label"].items()}
+    own.pop("num_labels", None)
+    model_type = own.pop("model_type")
+    with _quiet():
+        return AutoConfig.for_model(model_type, **own)
+
+
+def _skeleton(artifact: Artifact, expert: ExpertRecord, name: str) -> nn.Module:
+    """The task model of one expert's configuration, without memory."""
+    cls = model_class(artifact.manifest)
+    config = _config(artifact.folder, expert)
+    with torch.device("meta"), _quiet():
+        return cls.from_config(config) if name.startswith("Auto") else cls(config)
+
+
+def _body_names(model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
+    body = [r.name for r in manifest.tensors if r.kind in ("matrix", "vector", "tied")]
+    return parameter_names(model, model.base_model_prefix, body)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' report of heads that are filled in right after."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        hf_logging.set_verbosity(before)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Reading an input and saying how much of each expert it needs."""
