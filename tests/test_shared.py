@@ -89,6 +89,21 @@ def test_shape_and_dtype_are_kept(name, dtype, shape):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_the_number_of_threads_changes_no_bit(name):
+    base, experts = randn(300, 301, seed=0), randn(2, 300, 301, seed=1)
+    wanted = {"density": 0.5, "rescale": True, "normalize": True}
+    parameters = {key: wanted[key] for key in wanted if key in get(name).options}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(merged(name, base, experts, **parameters))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_the_inputs_are_left_as_they_are(name):
     base, experts = randn(4, 4, seed=0), randn(2, 4, 4, seed=1)
     merged(name, base, experts)

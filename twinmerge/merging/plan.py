@@ -7,6 +7,7 @@ together (a missing tensor, another shape, heads that not all experts have) is a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -92,6 +93,20 @@ class Plan:
         largest = max((prod(t.shape) for t in self.tensors if t.kind != "head"), default=0)
         work = 8 if self.recipe.dtype == "float64" else 4
         return (2 * len(self.experts) + 3) * largest * work
+
+    def summary(self) -> dict[str, Any]:
+        """What a build will hold and write, for `--dry-run`. Sizes in bytes; experts' at most."""
+        counts = Counter(tensor.kind for tensor in self.tensors)
+        return {
+            "base": self.recipe.base_model,
+            "model_class": self.model_class,
+            "experts": len(self.experts),
+            "tensors": dict(sorted(counts.items())),
+            "shared_bytes": self.shared_bytes(),
+            "bytes_per_expert_at_most": self.expert_bytes(),
+            "peak_memory_bytes": self.peak_bytes(),
+            "warnings": self.warnings,
+        }
 
     def close(self) -> None:
         for expert in self.experts:

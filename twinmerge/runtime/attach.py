@@ -8,7 +8,9 @@ What cannot be run exactly with a weighting per row is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ from .layers import (
     TwinEmbedding,
     TwinLayerNorm,
     TwinLinear,
+    TwinLookup,
     TwinParameter,
     Whole,
 )
@@ -44,14 +47,34 @@ class _Site:
 def parameter_names(model: nn.Module, prefix: str, names: list[str]) -> dict[str, str]:
     """Base tensor name -> parameter name in `model`. Names that the model lacks are left out."""
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    renamed = _renaming(model, prefix)
     found = {}
     for name in names:
         shorter = name.removeprefix(f"{prefix}.")
-        candidates = (name, f"{prefix}.{name}", shorter)
+        candidates = (name, f"{prefix}.{name}", shorter, renamed(name))
         match = next((candidate for candidate in candidates if candidate in known), None)
         if match is not None:
             found[name] = match
     return found
+
+
+def _renaming(model: nn.Module, prefix: str) -> Callable[[str], str]:
+    """transformers' own way from a name in a file to a name in a live model.
+
+    Files keep names that models have left behind (ViT's `encoder.layer.0.attention.attention.key`
+    is `layers.0.attention.k_proj`); `from_pretrained` translates, and so must we. peft calls the
+    same functions. A tensor that is split or fused on the way stays without a name, which is an
+    error if the experts differ in it.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # a release that translates nothing
+        return lambda name: name
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    state = model.state_dict()
+    return lambda name: rename_source_key(name, renamings, [], prefix, state)[0]
 
 
 def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) -> None:
@@ -136,7 +159,8 @@ def _read_share(tensors: TensorMap, record: TensorRecord, expert: str) -> tuple:
 
 
 def _replace(model: nn.Module, path: str, site: _Site) -> None:
-    module, patches = site.module, site.patches
+    module = site.module
+    patches = {name: _in_factors(patch, module) for name, patch in site.patches.items()}
     weight, bias = patches.get("weight"), patches.get("bias")
     kind = type(module)
     known = set(patches) <= {"weight", "bias"}
@@ -145,11 +169,13 @@ def _replace(model: nn.Module, path: str, site: _Site) -> None:
         new = TwinLinear(module, weight, _whole(bias), path)
     elif kind is Conv1D and known and not isinstance(weight, Whole):
         new = TwinConv1D(module, weight, _whole(bias), path)
-    elif kind is nn.Embedding and isinstance(weight, Stacked):
+    elif _is_table(module) and kind is nn.Embedding and isinstance(weight, Stacked):
         new = TwinEmbedding(module, weight, path)
+    elif _is_table(module) and isinstance(weight, Stacked) and len(patches) == 1:
+        new = TwinLookup(module, weight, path)
     elif kind is nn.LayerNorm and known and len(module.normalized_shape) == 1:
         new = TwinLayerNorm(module, _whole(weight), _whole(bias), path)
-    elif isinstance(module, nn.modules.conv._ConvNd) and known and not isinstance(weight, Whole):
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and known and not isinstance(weight, Whole):
         new = TwinConv(module, weight, _whole(bias), path)
     elif _is_elementwise(module, patches):
         new = TwinElementwise(module, {k: v for k, v in patches.items() if isinstance(v, Whole)}, path)
@@ -170,9 +196,27 @@ def _replace(model: nn.Module, path: str, site: _Site) -> None:
     setattr(model.get_submodule(parent), attribute, new)
 
 
+def _in_factors(patch: Patch, module: nn.Module) -> Patch:
+    """A weight of one row or one column, which is kept whole, as the rank-1 matrix that it is."""
+    layers = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if isinstance(patch, Stacked) or patch.delta.ndim < 3 or not isinstance(module, layers):
+        return patch
+    delta = patch.delta.flatten(2)  # expert, out, rest
+    experts, out, _ = delta.shape
+    owner = torch.arange(experts)
+    if out == 1:
+        return Stacked(delta[:, 0], delta.new_ones(1, experts), owner)
+    return Stacked(delta.new_ones(experts, 1), delta[:, :, 0].T, owner)
+
+
 def _whole(patch: Patch | None) -> Whole | None:
     assert not isinstance(patch, Stacked), "vectors are kept whole"
     return patch
+
+
+def _is_table(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    # max_norm shortens rows of the table while it looks them up, which is not linear.
+    return isinstance(module, nn.Embedding) and module.max_norm is None
 
 
 def _is_elementwise(module: nn.Module, patches: dict[str, Patch]) -> bool:

@@ -73,6 +73,21 @@ class _Mixing(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
 
+class _Wrapping(_Mixing):
+    """A layer around the module that it stands for: whatever else is asked of it, that one knows.
+
+    Models read attributes of their layers (ViT its projection's `weight.dtype`).
+    """
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inner":
+                raise
+            return getattr(self.inner, name)
+
+
 def _aligned(mixed: Tensor, ndim: int) -> Tensor:
     """(batch, n) as (batch, 1, ..., 1, n) with `ndim` axes."""
     return mixed.view(mixed.shape[0], *[1] * (ndim - 2), mixed.shape[-1])
@@ -179,6 +194,66 @@ class TwinEmbedding(_Mixing, nn.Embedding):
         return y + z @ self.a
 
 
+class TwinLookup(_Wrapping):
+    """An `nn.Embedding` of another class, such as Gemma's, which scales what it looks up.
+
+    The same lookup is done in the stacked B by a copy of the module; `__init__` checks on random
+    tables that the module is linear in its table, and raises `UnsupportedModel` if it is not.
+    """
+
+    a: Tensor
+    owner: Tensor
+
+    def __init__(self, inner: nn.Embedding, weight: Stacked, where: str):
+        super().__init__()
+        self.inner, self.where = inner, where
+        self.lookup = _looking_up(inner, weight.b)
+        self._put(a=weight.a.contiguous(), owner=weight.owner)
+        self._probe(inner)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.inner(input)
+        weights = self._weights(input)
+        if weights is None:
+            return y
+        if input.ndim < 2:
+            raise UnsupportedModel(
+                f"{self.where}: expected ids of shape (batch, ...), got {tuple(input.shape)}: "
+                "whose rows these are cannot be told. Use model.merged(weights)."
+            )
+        z = self.lookup(input)
+        z = z * _aligned(weights[:, self.owner].to(z.dtype), z.ndim)
+        return y + z @ self.a
+
+    @torch.no_grad()
+    def _probe(self, inner: nn.Embedding) -> None:
+        draw = torch.Generator().manual_seed(0)
+        rows, width = inner.weight.shape
+        b, a = torch.randn(rows, 3, generator=draw), torch.randn(3, width, generator=draw)
+        ids = torch.arange(min(rows, 8)).expand(2, -1)
+        try:
+            want, got = _looking_up(inner, b @ a)(ids), _looking_up(inner, b)(ids) @ a
+            exact = torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+        except Exception:  # any module at all may stand here, so any error at all may come
+            exact = False
+        if not exact:
+            raise UnsupportedModel(
+                f"{self.where}: {type(inner).__name__} is not linear in its table, so its rows "
+                "cannot have weights of their own. Use model.merged(weights), one weighting for "
+                "all rows."
+            )
+
+
+def _looking_up(module: nn.Embedding, table: Tensor) -> nn.Embedding:
+    """A copy of `module` with another table."""
+    # Shallow, so that the table that is replaced is not copied first.
+    new = copy.copy(module)
+    new._parameters = {"weight": nn.Parameter(table.contiguous(), requires_grad=False)}
+    new._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    new.embedding_dim = table.shape[1]
+    return new
+
+
 class TwinLayerNorm(_Mixing, nn.LayerNorm):
     """`nn.LayerNorm` with a gain and a bias per row of the batch."""
 
@@ -209,7 +284,7 @@ class TwinLayerNorm(_Mixing, nn.LayerNorm):
         return normal * gain if shift is None else torch.addcmul(shift, normal, gain)
 
 
-class TwinElementwise(_Mixing):
+class TwinElementwise(_Wrapping):
     """A module whose output is affine in its own vectors, entry by entry along the last axis.
 
     RMS norms (`g ⊙ x̂` or `(1 + g) ⊙ x̂`) and layer scales are such modules, under many class names.
@@ -276,7 +351,7 @@ def _filled(module: nn.Module, name: str | None) -> nn.Module:
     return filled
 
 
-class TwinConv(_Mixing):
+class TwinConv(_Wrapping):
     """A convolution: the kernels of A, scaled, then B as a 1×1 convolution. x: (batch, in, ...)."""
 
     def __init__(
@@ -291,8 +366,12 @@ class TwinConv(_Mixing):
             )
         self.factored, self.shifted = weight is not None, bias is not None
         if weight is not None:
-            kernels = weight.a.view(len(weight.a), *inner.weight.shape[1:])
-            self._put(a=kernels.contiguous(), b=weight.b.contiguous(), owner=weight.owner)
+            a, b = weight.a, weight.b
+            if inner.out_channels != len(b):
+                # One channel out: the matrix was (in, kernel). Each rank is a kernel of its own.
+                a, b = torch.einsum("or,ri->roi", b, a), a.new_ones(1, len(a))
+            kernels = a.reshape(-1, *inner.weight.shape[1:])
+            self._put(a=kernels.contiguous(), b=b.contiguous(), owner=weight.owner)
         if bias is not None:
             self._put(shift=bias.delta)
 

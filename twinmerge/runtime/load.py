@@ -79,8 +79,8 @@ def load_shared(artifact: Artifact, dtype: torch.dtype | None = None) -> PreTrai
     """
     manifest = artifact.manifest
     cls = model_class(manifest)
-    config = _config(artifact.folder, manifest.experts[0])
-    with _quiet():
+    config = task_config(artifact.folder, manifest.experts[0])
+    with quiet():
         model, info = cls.from_pretrained(
             artifact.folder,
             config=config,
@@ -118,7 +118,7 @@ def model_class(manifest: Manifest) -> Any:
     return cls
 
 
-def _config(folder: Path, expert: ExpertRecord) -> Any:
+def task_config(folder: Path, expert: ExpertRecord) -> Any:
     """The base's configuration with one expert's labels."""
     try:
         own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -131,15 +131,15 @@ def _config(folder: Path, expert: ExpertRecord) -> Any:
         own["label2id"] = {label: i for i, label in own["id2label"].items()}
     own.pop("num_labels", None)
     model_type = own.pop("model_type")
-    with _quiet():
+    with quiet():
         return AutoConfig.for_model(model_type, **own)
 
 
 def _skeleton(artifact: Artifact, expert: ExpertRecord, name: str) -> nn.Module:
     """The task model of one expert's configuration, without memory."""
     cls = model_class(artifact.manifest)
-    config = _config(artifact.folder, expert)
-    with torch.device("meta"), _quiet():
+    config = task_config(artifact.folder, expert)
+    with torch.device("meta"), quiet():
         return cls.from_config(config) if name.startswith("Auto") else cls(config)
 
 
@@ -149,7 +149,7 @@ def _body_names(model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' report of heads that are filled in right after."""
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity(logging.CRITICAL)

@@ -86,6 +86,11 @@ class TwinModel(nn.Module):
         return self.model.config
 
     @property
+    def can_generate(self) -> bool:
+        """Whether the task model is one that generates."""
+        return bool(getattr(self.model, "can_generate", bool)())
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -193,6 +198,16 @@ class TwinModel(nn.Module):
             raise InputError("weights=: expected finite numbers, got NaN or infinity.")
         return tensor
 
+    def weights_for(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        task: str | Sequence[str] | None = None,
+    ) -> Weights:
+        """The weights that a call with these arguments runs with: (batch, expert)."""
+        return self._routing(inputs, weights, task, None)[1]
+
     # ------------------------------------------------------------------ running
 
     def forward(
@@ -236,7 +251,7 @@ class TwinModel(nn.Module):
         They stay as they are while tokens are added, so the key-value cache stays valid. Takes
         everything that `generate` takes. Raises `InputError` if the task model cannot generate.
         """
-        if not getattr(self.model, "can_generate", bool)():
+        if not self.can_generate:
             raise InputError(f"{type(self.model).__name__} cannot generate; call the model instead.")
         config = inputs.get("generation_config") or self.model.generation_config
 

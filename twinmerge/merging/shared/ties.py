@@ -9,6 +9,9 @@ from .registry import PerExpert, fractions, shared_expert, spread
 TOO_SMALL_TO_RESCALE = 1e-7
 """Below this L1 norm a change is left as it is, as in mergekit: the ratio would be noise."""
 
+BLOCK = 4096
+"""Entries summed by one thread; torch shares out sums of more than 32768."""
+
 
 @shared_expert("ties", paper="https://arxiv.org/abs/2306.01708")
 @torch.no_grad()
@@ -65,10 +68,22 @@ def masked(
     kept = delta * mask
     if not rescale:
         return kept
-    before, after = delta.abs().sum(), kept.abs().sum()
+    before, after = l1_norm(delta), l1_norm(kept)
     if min(before, after) < TOO_SMALL_TO_RESCALE:
         return kept
     return kept * (before / after)
+
+
+def l1_norm(delta: Float[Tensor, " *shape"]) -> float:
+    """`‖δ‖₁`, summed in float64."""
+    # Block by block: torch splits one long sum among its threads, and the last bits, and with
+    # them the bytes of an artifact, would depend on how many there are.
+    sums = delta.abs().flatten()
+    while len(sums) > BLOCK:
+        blocks, rest = sums.split([len(sums) // BLOCK * BLOCK, len(sums) % BLOCK])
+        blocks = blocks.view(-1, BLOCK).sum(dim=1, dtype=torch.float64)
+        sums = torch.cat([blocks, rest.sum(dtype=torch.float64)[None]])
+    return sums.sum(dtype=torch.float64).item()
 
 
 def elected(

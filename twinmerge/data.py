@@ -1,0 +1,209 @@
+"""Rows of text that others wrote: JSON lines, plain lines, and folders of tasks.
+
+A row is a JSON object; its text is one column or a pair of columns. A folder of tasks holds, for
+every expert, `<expert>/<split>.jsonl` or `<expert>.jsonl` (also gzipped).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, did_you_mean
+
+Text = tuple[str, ...]
+"""One text, or a pair."""
+
+COLUMNS: tuple[Text, ...] = (
+    ("text", "text_pair"),
+    ("text",),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence",),
+    ("prompt",),
+)
+"""Names under which public data sets keep their text, tried in this order."""
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+class Tokenizer(Protocol):
+    def __call__(self, text: Any, /, **options: Any) -> Any: ...
+    def pad(self, encoded: Any, **options: Any) -> Any: ...
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a .jsonl or .jsonl.gz file. Raises `InputError` with the line's number."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            return list(_rows(lines, str(path)))
+    except (OSError, EOFError, UnicodeDecodeError) as problem:
+        raise InputError(f"{path}: cannot be read as JSON lines ({problem}).") from None
+
+
+def _rows(lines: Iterable[str], where: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as problem:
+            raise InputError(f"{where}, line {number}: not JSON ({problem}).") from None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{where}, line {number}: expected a JSON object such as "
+                f'{{"text": "..."}}, got {type(row).__name__}.'
+            )
+        yield row
+
+
+def parse_inputs(lines: Iterable[str], where: str = "input") -> list[dict[str, Any]]:
+    """Rows from JSON lines or plain lines (told apart by the first: does it start with '{'?).
+
+    A plain line is one text; a tab in it separates a pair. Empty lines are skipped.
+    """
+    kept = [line for line in lines if line.strip()]
+    if kept and kept[0].lstrip().startswith("{"):
+        return list(_rows(kept, where))
+    rows: list[dict[str, Any]] = []
+    for line in kept:
+        parts = line.rstrip("\r\n").split("\t")
+        if len(parts) > 2:
+            raise InputError(
+                f"{where}, line {len(rows) + 1}: expected one text, or two with a tab between "
+                f"them, got {len(parts)} parts. Use JSON lines for text that holds tabs."
+            )
+        rows.append(dict(zip(("text", "text_pair"), parts, strict=False)))
+    return rows
+
+
+def text_of(row: dict[str, Any], columns: Sequence[str] | None = None) -> Text:
+    """The text or pair of a row. Raises `InputError` if no known column is there."""
+    for names in [tuple(columns)] if columns else COLUMNS:
+        if all(isinstance(row.get(name), str) for name in names):
+            return tuple(row[name] for name in names)
+    known = ", ".join("+".join(names) for names in COLUMNS)
+    wanted = "+".join(columns) if columns else f"one of {known}"
+    raise InputError(
+        f"a row has the columns {', '.join(map(str, row)) or '(none)'}; expected text in {wanted}. "
+        "Name yours with --columns."
+    )
+
+
+def task_files(folder: Path, split: str) -> dict[str, Path]:
+    """Task name -> file, for a folder of tasks."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder with rows for every expert; it is not there.")
+    found: dict[str, Path] = {}
+    for entry in sorted(folder.iterdir()):
+        for suffix in SUFFIXES:
+            inside = entry / f"{split}{suffix}"
+            if entry.is_dir() and inside.is_file():
+                found[entry.name] = inside
+            elif entry.is_file() and entry.name.endswith(suffix) and suffix == "".join(
+                entry.suffixes[-suffix.count(".") :]
+            ):
+                found[entry.name.removesuffix(suffix)] = entry
+    return found
+
+
+def read_tasks(
+    folder: Path, experts: Sequence[str], split: str
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Rows for every expert, and the names of tasks in the folder that no expert answers.
+
+    Raises `InputError` if an expert has no rows.
+    """
+    files = task_files(folder, split)
+    missing = [name for name in experts if name not in files]
+    if missing:
+        hint = did_you_mean(missing[0], list(files))
+        raise InputError(
+            f"{folder}: no rows for expert '{missing[0]}'"
+            f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}.{hint} Expected "
+            f"{missing[0]}/{split}.jsonl or {missing[0]}.jsonl (or .gz); found tasks: "
+            f"{', '.join(files) or 'none'}."
+        )
+    rows = {name: read_rows(files[name]) for name in experts}
+    for name, found in rows.items():
+        if not found:
+            raise InputError(f"{files[name]}: is empty; expected at least one row.")
+    return rows, [name for name in files if name not in experts]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of many texts, not padded yet."""
+
+    rows: list[dict[str, list[int]]]
+    cut: list[bool]
+    """Which texts were cut to fit."""
+
+    @property
+    def truncated(self) -> int:
+        return sum(self.cut)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[Text], max_tokens: int) -> Encoded:
+    """Tokenize single texts and pairs, mixed; longer ones are cut to `max_tokens` and counted."""
+    rows: list[dict[str, list[int]]] = [{} for _ in texts]
+    was_cut = [False] * len(texts)
+    for size in (1, 2):
+        chosen = [i for i, text in enumerate(texts) if len(text) == size]
+        if not chosen:
+            continue
+        columns = [[texts[i][column] for i in chosen] for column in range(size)]
+        # Token ids beyond the limit only serve to count what is cut; no warning is due for them.
+        full = tokenizer(*columns, truncation=False, verbose=False)
+        cut = tokenizer(*columns, truncation=True, max_length=max_tokens)
+        for place, i in enumerate(chosen):
+            was_cut[i] = len(full["input_ids"][place]) > max_tokens
+            rows[i] = {key: cut[key][place] for key in cut}
+    return Encoded(rows, was_cut)
+
+
+def batches(
+    tokenizer: Tokenizer, encoded: Encoded, size: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Padded batches of rows of similar length: (indices into `encoded`, tensors)."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded.rows[i]["input_ids"]))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        yield chosen, pad(tokenizer, [encoded.rows[i] for i in chosen])
+
+
+def pad(tokenizer: Tokenizer, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """One batch of tensors, padded to its longest row."""
+    tensors = tokenizer.pad({key: [row[key] for row in rows] for key in rows[0]}, return_tensors="pt")
+    return {key: tensors[key] for key in tensors if isinstance(tensors[key], torch.Tensor)}
+
+
+def sample(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """At most `count` of the rows, drawn without replacement; all of them, shuffled, if fewer."""
+    return random.Random(seed).sample(list(rows), min(count, len(rows)))
+
+
+def token_limit(model: Any, asked: int | None) -> int:
+    """The most tokens that a model takes: what was asked for, within its positions."""
+    config = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    pad_offset = getattr(config, "pad_token_id", 0) or 0
+    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= pad_offset + 1  # their positions start after the padding index
+    if asked is not None and asked > positions:
+        raise InputError(f"--max-tokens {asked}: the model has {positions} positions.")
+    return min(asked or 512, positions)

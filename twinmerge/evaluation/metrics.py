@@ -1,0 +1,73 @@
+"""Task metrics, from scikit-learn and scipy (the extra `eval`)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from ..errors import InputError, MissingExtra, did_you_mean
+
+
+def _sklearn():
+    try:
+        import sklearn.metrics
+    except ImportError:
+        raise MissingExtra("metrics need scikit-learn: pip install 'twinmerge[eval]'") from None
+    return sklearn.metrics
+
+
+def accuracy(truth: Sequence[float], guess: Sequence[float]) -> float:
+    return float(_sklearn().accuracy_score(truth, guess))
+
+
+def matthews(truth: Sequence[float], guess: Sequence[float]) -> float:
+    """Matthews correlation; 0 where all guesses are of one class."""
+    return float(_sklearn().matthews_corrcoef(truth, guess))
+
+
+def accuracy_f1(truth: Sequence[float], guess: Sequence[float]) -> float:
+    """Mean of accuracy and the F1 of class 1, as GLUE scores MRPC and QQP."""
+    # labels=[1]: a guess may also be -1, "no answer"
+    f1 = float(_sklearn().f1_score(truth, guess, labels=[1], average="macro", zero_division=0.0))
+    return (accuracy(truth, guess) + f1) / 2
+
+
+def macro_f1(truth: Sequence[float], guess: Sequence[float]) -> float:
+    """Mean F1 over the classes that occur in `truth`."""
+    classes = sorted(set(truth))
+    f1 = _sklearn().f1_score(truth, guess, labels=classes, average="macro", zero_division=0.0)
+    return float(f1)
+
+
+def pearson_spearman(truth: Sequence[float], guess: Sequence[float]) -> float:
+    """Mean of Pearson and Spearman correlation; 0 where all guesses are equal."""
+    try:
+        from scipy.stats import pearsonr, spearmanr
+    except ImportError:
+        raise MissingExtra("metrics need scipy: pip install 'twinmerge[eval]'") from None
+    if len(set(guess)) < 2 or len(set(truth)) < 2:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # near-constant input: scipy warns and still answers
+        return float(pearsonr(truth, guess)[0] + spearmanr(truth, guess)[0]) / 2
+
+
+Metric = Callable[[Sequence[float], Sequence[float]], float]
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "matthews": matthews,
+    "accuracy_f1": accuracy_f1,
+    "macro_f1": macro_f1,
+    "pearson_spearman": pearson_spearman,
+}
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name. Raises `InputError` with the known names."""
+    if name not in METRICS:
+        raise InputError(
+            f"metric {name!r}: no such metric.{did_you_mean(name, list(METRICS))} "
+            f"Known: {', '.join(METRICS)}."
+        )
+    return METRICS[name]

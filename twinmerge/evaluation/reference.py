@@ -1,0 +1,75 @@
+"""The experts themselves, as plain task models: what a merged model is measured against."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from ..checkpoint import Checkpoint, open_expert
+from ..data import batches
+from ..errors import CheckpointError
+from ..runtime.attach import parameter_names
+from ..runtime.load import model_class, quiet, task_config
+from ..runtime.model import TwinModel
+from .metrics import metric
+from .score import Prepared, TaskScore, guesses_of
+
+
+def expert_model(
+    model: TwinModel, name: str, *, base: str | None = None, reference: str | None = None
+) -> PreTrainedModel:
+    """One expert of an artifact, from its own checkpoint, as a plain transformers model.
+
+    Paths are those of the recipe unless given. Raises `CheckpointError` if they are gone or the
+    checkpoint does not fill the model.
+    """
+    record = next(e for e in model.manifest.experts if e.name == name)
+    opened = Checkpoint.open(base or model.manifest.base)
+    expert = open_expert(name, reference or record.reference, opened)
+    try:
+        config = task_config(model.folder, record)
+        cls = model_class(model.manifest)
+        with quiet():
+            plain = cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
+        known = dict(plain.named_parameters(remove_duplicate=False))
+        names = parameter_names(plain, plain.base_model_prefix, expert.names())
+        names |= {head: head for head in expert.head_names() if head in known}
+        with torch.no_grad():
+            for own, parameter in names.items():
+                known[parameter].copy_(expert.read(own))
+        filled = {id(known[parameter]) for parameter in names.values()}
+        lacking = [n for n, p in known.items() if id(p) not in filled]
+        if lacking:
+            raise CheckpointError(
+                f"expert '{name}': its checkpoint has nothing for {', '.join(lacking[:3])}."
+            )
+        return plain.eval()
+    finally:
+        expert.close()
+        opened.close()
+
+
+@torch.no_grad()
+def score_plain(
+    model: TwinModel, plain: PreTrainedModel, name: str, task: Prepared, *, batch_size: int = 32
+) -> TaskScore:
+    """Score one plain model on the prepared rows of one expert's task."""
+    names = model.labels[name]
+    guesses = [0.0] * len(task.encoded)
+    seconds = 0.0
+    for indices, batch in batches(model.tokenizer, task.encoded, batch_size):
+        started = time.perf_counter()
+        logits = plain(**batch).logits
+        seconds += time.perf_counter() - started
+        for index, guess in zip(indices, guesses_of(logits, names), strict=True):
+            guesses[index] = guess
+    return TaskScore(
+        score=metric(task.task.metric)(task.truth, guesses),
+        metric=task.task.metric,
+        rows=len(task.encoded),
+        routing_accuracy=None,
+        truncated=task.encoded.truncated,
+        seconds=seconds,
+    )

@@ -1,0 +1,241 @@
+"""Scoring an artifact under named protocols.
+
+routed:      nothing is known about a row: weights and head both come from the router
+known-head:  the true task's head, routed weights (the paper's setting, without the reference
+             code's habit of also taking the biases from the true task)
+oracle:      all weight on the true task's expert: the ceiling of the compression
+shared:      no exclusive knowledge, the true task's head: a static merge
+
+The normalised score is the mean over tasks of score / the expert's own score on the same rows
+(Twin-Merging, arXiv:2406.15479, equation 4).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..data import Encoded, batches, encode, text_of, token_limit
+from ..errors import InputError
+from ..runtime.model import TwinModel
+from .metrics import metric
+from .tasks import Task, task_for
+
+Protocol = Literal["routed", "known-head", "oracle", "shared"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+Rows = Sequence[Mapping[str, Any]]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task under one protocol."""
+
+    score: float
+    metric: str
+    rows: int
+    routing_accuracy: float | None
+    """Share of rows whose highest weight is their own expert's; None where nothing was routed."""
+    truncated: int
+    """Rows cut to the token limit."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All tasks under one protocol."""
+
+    protocol: str
+    tasks: dict[str, TaskScore]
+    reference: dict[str, float] | None = None
+    """The experts' own scores on the same rows."""
+
+    @property
+    def mean(self) -> float:
+        return fmean(task.score for task in self.tasks.values())
+
+    def normalised(self, without: Sequence[str] = ()) -> float | None:
+        """Mean of score / expert's score, None without a reference."""
+        if self.reference is None:
+            return None
+        kept = [name for name in self.tasks if name not in without]
+        return fmean(self.tasks[name].score / self.reference[name] for name in kept)
+
+    @property
+    def routing_accuracy(self) -> float | None:
+        """Over all rows of all tasks."""
+        parts = [(t.routing_accuracy, t.rows) for t in self.tasks.values()]
+        if any(accuracy is None for accuracy, _ in parts):
+            return None
+        return sum((a or 0.0) * n for a, n in parts) / sum(n for _, n in parts)
+
+    @property
+    def seconds_per_1000(self) -> float:
+        rows = sum(task.rows for task in self.tasks.values())
+        return 1000 * sum(task.seconds for task in self.tasks.values()) / rows
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "protocol": self.protocol,
+            "mean": self.mean,
+            "normalised": self.normalised(),
+            "routing_accuracy": self.routing_accuracy,
+            "seconds_per_1000_rows": self.seconds_per_1000,
+            "tasks": {
+                name: asdict(task)
+                | ({"expert": self.reference[name]} if self.reference is not None else {})
+                for name, task in self.tasks.items()
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One task's rows, tokenized."""
+
+    task: Task
+    encoded: Encoded
+    truth: list[float]
+
+
+def prepare(
+    model: TwinModel,
+    rows: Mapping[str, Rows],
+    *,
+    max_tokens: int | None = None,
+    columns: Sequence[str] | None = None,
+) -> dict[str, Prepared]:
+    """Tokenize the rows of every task. Raises `InputError` for missing columns or labels."""
+    out = {}
+    outputs = {expert.name: expert.outputs for expert in model.manifest.experts}
+    limit = token_limit(model, max_tokens)
+    for name, found in rows.items():
+        if name not in outputs:
+            raise InputError(f"task '{name}': no such expert. Known: {', '.join(model.experts)}.")
+        if outputs[name] is None:
+            raise InputError(
+                f"task '{name}': its expert has no head with labels to score. Use `run` for "
+                "generation."
+            )
+        task = task_for(name, outputs[name])
+        texts = [text_of(dict(row), columns or task.columns) for row in found]
+        truth = [_label(row, name, model, number) for number, row in enumerate(found, start=1)]
+        out[name] = Prepared(task, encode(model.tokenizer, texts, limit), truth)
+    return out
+
+
+def _label(row: Mapping[str, Any], task: str, model: TwinModel, number: int) -> float:
+    """A row's label as a number; class names are accepted too."""
+    label = row.get("label")
+    names = model.labels[task]
+    if isinstance(label, str) and names is not None and label in names:
+        return float(names.index(label))
+    if isinstance(label, bool) or not isinstance(label, int | float):
+        raise InputError(f"task '{task}', row {number}: expected a label, got {label!r}.")
+    if names is not None and label not in range(len(names)):
+        raise InputError(
+            f"task '{task}', row {number}: label {label!r} is not one of the expert's "
+            f"{len(names)} classes (0 to {len(names) - 1}: {', '.join(names)})."
+        )
+    return float(label)
+
+
+@torch.no_grad()
+def evaluate(
+    model: TwinModel,
+    rows: Mapping[str, Rows] | Mapping[str, Prepared],
+    protocol: Protocol = "routed",
+    *,
+    reference: Mapping[str, float] | None = None,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+    columns: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Score every task of `rows` (task name -> rows with text and `label`) under `protocol`.
+
+    A row that another task's head answered has no answer to its own question. In a classification
+    it counts as wrong, also where the class numbers happen to agree; in a regression it gets the
+    mean of the values that the right head gave, so it tells nothing. Raises `InputError` for bad
+    rows or an unknown protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
+    prepared: dict[str, Prepared] = {}
+    raw = {name: value for name, value in rows.items() if not isinstance(value, Prepared)}
+    if raw:
+        prepared |= prepare(model, raw, max_tokens=max_tokens, columns=columns)  # type: ignore[arg-type]
+    prepared |= {name: value for name, value in rows.items() if isinstance(value, Prepared)}
+    scores: dict[str, TaskScore] = {}
+    done, total = 0, sum(len(task.encoded) for task in prepared.values())
+    for name, task in prepared.items():
+        if progress:
+            progress(name, done, total)
+        scores[name] = _score(model, name, task, protocol, batch_size)
+        done += len(task.encoded)
+    if progress:
+        progress("", total, total)
+    kept = None if reference is None else {name: float(reference[name]) for name in scores}
+    return Report(protocol, scores, kept)
+
+
+def _score(
+    model: TwinModel, name: str, task: Prepared, protocol: Protocol, batch_size: int
+) -> TaskScore:
+    guesses: list[float | None] = [None] * len(task.encoded)
+    routed_right = 0
+    own = model.experts.index(name)
+    names = model.labels[name]
+    seconds = 0.0
+    for indices, batch in batches(model.tokenizer, task.encoded, batch_size):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        started = time.perf_counter()
+        output = model(**batch, **_how(model, name, protocol))
+        seconds += time.perf_counter() - started
+        assert output.logits is not None and output.expert is not None
+        assert output.weights is not None
+        routed_right += int((output.weights.argmax(dim=-1) == own).sum())
+        for index, chosen, guess in zip(
+            indices, output.expert.tolist(), guesses_of(output.logits, names), strict=True
+        ):
+            guesses[index] = guess if chosen == own else None
+    filled = _fill(guesses, regression=names is None)
+    score = metric(task.task.metric)(task.truth, filled)
+    was_routed = protocol in ("routed", "known-head")
+    return TaskScore(
+        score=score,
+        metric=task.task.metric,
+        rows=len(task.encoded),
+        routing_accuracy=routed_right / len(task.encoded) if was_routed else None,
+        truncated=task.encoded.truncated,
+        seconds=seconds,
+    )
+
+
+def _how(model: TwinModel, name: str, protocol: Protocol) -> dict[str, Any]:
+    if protocol == "oracle":
+        return {"task": name}
+    if protocol == "known-head":
+        return {"head": name}
+    if protocol == "shared":
+        return {"weights": [0.0] * len(model.experts), "head": name}
+    return {}
+
+
+def guesses_of(logits: Tensor, names: list[str] | None) -> list[float]:
+    """The class, or the value of a regression (`names` is None), of every row of one head."""
+    values = logits[:, 0] if names is None else logits[:, : len(names)].argmax(dim=-1)
+    return values.float().tolist()
+
+
+def _fill(guesses: list[float | None], *, regression: bool) -> list[float]:
+    """What stands for "no answer": see `evaluate`."""
+    answered = [guess for guess in guesses if guess is not None]
+    instead = (fmean(answered) if answered else 0.0) if regression else -1.0
+    return [instead if guess is None else guess for guess in guesses]
