@@ -349,7 +349,7 @@ def test_the_models_inside_keep_no_memory_of_a_routing(zoo):
     twin, inputs = zoo.twin("llama"), batch_of(FAMILIES["llama"])
     before = twin(weights=torch.zeros(3), **inputs).logits
     twin(task="math", **inputs)
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(IndexError):
         twin(task="math", input_ids=torch.full((1, 3), 999))  # fails midway
     assert torch.equal(twin.model(**inputs).logits, before)
 
@@ -376,7 +376,7 @@ def test_the_models_inside_keep_no_memory_of_a_routing(zoo):
 )
 def test_wrong_arguments_are_told_with_what_was_expected(arguments, message, zoo):
     inputs = batch_of(FAMILIES["bert"])
-    with pytest.raises(InputError, match=message.replace("'. ", "'?. ").replace("'?.", "'.?.?")):
+    with pytest.raises(InputError, match=message):
         zoo.twin("bert")(**arguments, **inputs)
 
 

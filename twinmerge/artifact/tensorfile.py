@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,11 +37,21 @@ _NAMES = {
 _METADATA = {"format": "pt"}
 
 
-def header_room(names: list[str]) -> int:
-    """Bytes that always suffice for the header of tensors of these names (a multiple of 8)."""
-    # Beyond its name an entry holds a dtype, at most 8 axes of 20 digits, and two 20-digit offsets.
-    room = 64 + sum(len(json.dumps(name)) + 300 for name in names)
+def header_room(entries: Iterable[tuple[str, tuple[int, ...]]], data_bytes: int) -> int:
+    """Bytes that suffice for the header of tensors of these names and (largest) shapes.
+
+    `data_bytes` is the most that all data can take. A multiple of 8, as safetensors writes it.
+    """
+    room = len(json.dumps({"__metadata__": _METADATA}))
+    for name, shape in entries:
+        room += len(json.dumps(_entry(name, "F8_E4M3", shape, data_bytes, data_bytes)))
     return -(-room // 8) * 8
+
+
+def _entry(
+    name: str, dtype: str, shape: tuple[int, ...], start: int, end: int
+) -> dict[str, object]:
+    return {name: {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}}
 
 
 class TensorFileWriter:
@@ -69,11 +80,8 @@ class TensorFileWriter:
         self._last_size = tensor.element_size()
         data = tensor.detach().cpu().contiguous()
         size = data.numel() * data.element_size()
-        self._entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._offset, self._offset + size],
-        }
+        end = self._offset + size
+        self._entries |= _entry(name, _NAMES[tensor.dtype], tuple(tensor.shape), self._offset, end)
         if size:
             self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         self._offset += size

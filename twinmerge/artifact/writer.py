@@ -73,6 +73,13 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# EEXIST and ENOTDIR: a file stands where a folder is wanted. ENOTEMPTY: someone else was faster.
+_CANNOT_WRITE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.ENOTEMPTY),
+)
+
+
 @contextmanager
 def explained(target: Path) -> Iterator[None]:
     """Turn a full disk or a missing permission into an `OutputError` that says what to do."""
@@ -84,7 +91,7 @@ def explained(target: Path) -> Iterator[None]:
                 f"{target}: the disk is full; nothing was left behind. "
                 "Free some space or choose another disk, then run the same command again."
             ) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if problem.errno in _CANNOT_WRITE:
             raise OutputError(
                 f"{target}: cannot be written ({problem.strerror}). "
                 "Choose a folder that you may write to."

@@ -107,23 +107,21 @@ class _Build:
         self._method = get(recipe.merge_method)
         affine = coefficients(self._method.name, self._parameters, len(plan.experts))
         self._coefficients = affine
-        self._keeps_base = self._fixes_unchanged()
         names = [expert.name for expert in plan.experts]
         drift = Drift(names)
         (self.folder / "experts").mkdir()
         shards = _shards(plan, self.shard_bytes)
-        # The bound on an expert's header: every tensor in factors.
-        factor_names = [t.name + suffix for t in plan.tensors for suffix in (A, B)]
+        room = header_room(plan.expert_entries(), plan.expert_bytes())
         self._experts = {
-            name: TensorFileWriter(self.folder / expert_file(name), header_room(factor_names))
-            for name in names
+            name: TensorFileWriter(self.folder / expert_file(name), room) for name in names
         }
+        self._keeps_base = self._fixes_unchanged()
         files: dict[str, FileRecord] = {}
         done = 0
         shared: TensorFileWriter | None = None
         try:
             for shard, tensors in shards.items():
-                shared = TensorFileWriter(self.folder / shard, header_room([t.name for t in tensors]))
+                shared = TensorFileWriter(self.folder / shard, _shared_room(tensors))
                 for tensor in tensors:
                     if self.progress:
                         self.progress(done, len(plan.tensors), tensor.name)
@@ -303,6 +301,8 @@ class _Build:
         for name in ("config.json", *TOKENIZER_FILES):
             if (source / name).is_file():
                 shutil.copyfile(source / name, self.folder / name)
+                if name == "config.json" and self.plan.recipe.out_dtype:
+                    _store_dtype(self.folder / name, self.plan.recipe.out_dtype)
                 out[name] = record(self.folder / name)
         if len(shards) > 1:
             import json
@@ -336,6 +336,19 @@ class _Build:
         return warnings
 
 
+def _store_dtype(path: Path, dtype: str) -> None:
+    """Make a config.json name this dtype: `from_pretrained` believes it before the weights."""
+    import json
+
+    def named(config: dict) -> dict:
+        kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+        kept = {key: named(v) if isinstance(v, dict) else v for key, v in kept.items()}
+        return kept | {"dtype": dtype} if {"dtype", "torch_dtype"} & set(config) else kept
+
+    config = {"dtype": None, **json.loads(path.read_text(encoding="utf-8"))}
+    path.write_text(json.dumps(named(config), indent=2) + "\n", encoding="utf-8")
+
+
 def _vocabulary(folder: Path) -> object:
     """What a tokenizer.json maps to what; None without one."""
     import json
@@ -348,6 +361,11 @@ def _vocabulary(folder: Path) -> object:
         return content["model"]["vocab"], content["model"].get("merges")
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _shared_room(tensors: list[Planned]) -> int:
+    entries = [(t.name, t.shape) for t in tensors if t.kind not in ("head", "tied")]
+    return header_room(entries, sum(tensor.bytes for tensor in tensors))
 
 
 def _write(writer: TensorFileWriter, name: str, factors: Factors) -> Share:

@@ -138,7 +138,10 @@ def _iterate(matrix: Tensor, rank: int) -> SVD | None:
         image = tall @ right
         basis, triangle = torch.linalg.qr(image)
         # Singular values of the image: those of the small triangle.
-        u, s, vh = torch.linalg.svd(triangle, full_matrices=False)
+        try:
+            u, s, vh = torch.linalg.svd(triangle, full_matrices=False)
+        except torch.linalg.LinAlgError:  # it failed, or a product overflowed
+            return None
         error = float(energy - s[:rank].double().square().sum())
         if before - error <= CONVERGED * max(error, 1e-9 * float(energy)):
             left, right_t = basis @ u[:, :rank], vh[:rank] @ right.T

@@ -6,6 +6,7 @@ together (a missing tensor, another shape, heads that not all experts have) is a
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..artifact.format import Kind
+from ..artifact.format import DELTA, HEAD, A, B, Kind
 from ..checkpoint import Checkpoint, Expert, TensorInfo, check_shapes, open_expert, some
 from ..errors import CheckpointError, MissingTensor, UnsupportedCheckpoint
 from ..recipe import Recipe
@@ -71,19 +72,27 @@ class Plan:
     outputs: dict[str, int | None]
     warnings: list[str]
 
-    def expert_bytes(self) -> int:
-        """Upper bound of one expert's file, heads included."""
-        total = 0
+    def expert_entries(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and largest shapes of what one expert's file may hold."""
+        entries: list[tuple[str, tuple[int, ...]]] = []
         for tensor in self.tensors:
-            size = tensor.dtype.itemsize
             if tensor.kind == "head":
-                infos = [expert.info(tensor.name) for expert in self.experts]
-                total += max(prod(info.shape) * info.dtype.itemsize for info in infos)
-            elif tensor.kind == "matrix" and tensor.matrix:
-                total += self.cut.limit(*tensor.matrix) * sum(tensor.matrix) * size
+                shapes = (expert.info(tensor.name).shape for expert in self.experts)
+                entries.append((tensor.name + HEAD, max(shapes, key=prod)))
+            elif tensor.kind == "matrix" and tensor.matrix and not self.cut.none:
+                out, in_ = tensor.matrix
+                rank = self.cut.limit(out, in_)
+                entries += [(tensor.name + A, (rank, in_)), (tensor.name + B, (out, rank))]
             elif tensor.kind == "vector" and not self.cut.none:
-                total += tensor.bytes
-        return total
+                entries.append((tensor.name + DELTA, tensor.shape))
+        return entries
+
+    def expert_bytes(self) -> int:
+        """Upper bound of the tensors in one expert's file, heads included."""
+        sizes = {tensor.name: tensor.dtype.itemsize for tensor in self.tensors}
+        return sum(
+            prod(shape) * sizes[name.rpartition(".")[0]] for name, shape in self.expert_entries()
+        )
 
     def shared_bytes(self) -> int:
         return sum(tensor.bytes for tensor in self.tensors)
@@ -194,12 +203,9 @@ def _planned_head(name: str, base: Checkpoint, experts: list[Expert]) -> Planned
                 "All experts of one merge need the same kind of head (classes may differ). For an "
                 "adapter, save the head with modules_to_save."
             ) from None
-    first = infos[experts[0].name]
-    dtypes = {info.dtype for info in infos.values()}
-    if len({dtype.itemsize for dtype in dtypes}) > 1:
-        # One order of writing serves all files: by the widest item of this head.
-        first = max(infos.values(), key=lambda info: info.dtype.itemsize)
-    return Planned(name, "head", infos[experts[0].name].shape, first.dtype)
+    # One dtype, and so one order of writing, serves all files; none loses anything by it.
+    dtype = functools.reduce(torch.promote_types, [info.dtype for info in infos.values()])
+    return Planned(name, "head", infos[experts[0].name].shape, dtype)
 
 
 def _tied(base: Checkpoint) -> dict[str, str]:
@@ -220,7 +226,7 @@ def _tied(base: Checkpoint) -> dict[str, str]:
 
 def _outputs(expert: Expert, heads: list[str]) -> int | None:
     """Outputs of an expert's head: rows of the one matrix that no other head matrix reads from."""
-    shapes = [expert.info(name).shape for name in heads if name in expert.head_names()]
+    shapes = [expert.info(name).shape for name in heads]
     matrices = [shape for shape in shapes if len(shape) == 2]
     last = [s for s in matrices if not any(s[0] == o[1] for o in matrices if o is not s)]
     return min((shape[0] for shape in last or matrices), default=None)

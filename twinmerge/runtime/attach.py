@@ -82,8 +82,8 @@ def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) 
 
     `names` maps base tensor names to parameter names. Raises `UnsupportedModel` by name.
     """
-    changed = [record for record in artifact.manifest.tensors if _differs(record)]
-    patches = _read_patches(artifact, changed)
+    changed = [record for record in artifact.manifest.tensors if differs(record)]
+    patches = read_patches(artifact, changed)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     holders: dict[int, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
@@ -111,13 +111,14 @@ def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) 
         _replace(model, path, site)
 
 
-def _differs(record: TensorRecord) -> bool:
+def differs(record: TensorRecord) -> bool:
+    """Whether experts have something of their own in this tensor (heads apart)."""
     return record.kind in ("matrix", "vector") and any(
         share.rank is None or share.rank > 0 for share in record.experts.values()
     )
 
 
-def _read_patches(artifact: Artifact, records: list[TensorRecord]) -> dict[str, Patch]:
+def read_patches(artifact: Artifact, records: list[TensorRecord]) -> dict[str, Patch]:
     """The factors of all experts, stacked; one expert's file is open at a time."""
     experts = artifact.manifest.names
     parts: dict[str, dict[int, tuple]] = {record.name: {} for record in records}

@@ -384,7 +384,7 @@ class TwinConv(_Wrapping):
         if self.factored:
             z = self.inner._conv_forward(x, self.a, None)  # type: ignore[operator]
             z = z * weights[:, self.owner].to(z.dtype).view(len(weights), -1, *spatial)
-            y = y + (self.b @ z.flatten(2)).view(y.shape)
+            y = y + (self.b @ z.flatten(2)).unflatten(2, y.shape[2:])
         if self.shifted:
             y = y + (weights.to(y.dtype) @ self.shift).view(len(weights), -1, *spatial)
         return y

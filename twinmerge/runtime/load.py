@@ -45,7 +45,7 @@ def load(
     artifact = Artifact(folder, check=check)
     manifest = artifact.manifest
     model = load_shared(artifact, dtype)
-    names = _body_names(model, manifest)
+    names = body_names(model, manifest)
     heads = [record.name for record in manifest.tensors if record.kind == "head"]
     roots = head_roots(heads, set(names.values())) if heads else {}
     attach_factors(model, artifact, names)
@@ -87,13 +87,15 @@ def load_shared(artifact: Artifact, dtype: torch.dtype | None = None) -> PreTrai
             dtype=dtype or "auto",
             output_loading_info=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # a head of the base's own; the body is checked below
         )
     heads = {record.name for record in manifest.tensors if record.kind == "head"}
     kinds = {record.name: record.kind for record in manifest.tensors}
     missing = sorted(set(info["missing_keys"]) - heads)
     lost = [n for n in sorted(info["unexpected_keys"]) if kinds.get(n) in ("matrix", "vector")]
-    if missing or info.get("mismatched_keys"):
-        names = missing or sorted(str(key) for key in info["mismatched_keys"])
+    mismatched = sorted({key for key, *_ in info.get("mismatched_keys") or []} - heads)
+    if missing or mismatched:
+        names = missing or mismatched
         raise CorruptArtifact(
             f"{artifact.folder}: the shared expert lacks {', '.join(names[:3])} that "
             f"{type(model).__name__} needs. Was the base a model of another class?"
@@ -143,7 +145,8 @@ def _skeleton(artifact: Artifact, expert: ExpertRecord, name: str) -> nn.Module:
         return cls.from_config(config) if name.startswith("Auto") else cls(config)
 
 
-def _body_names(model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
+def body_names(model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
+    """Base tensor name -> parameter name in the task model, for all that is merged."""
     body = [r.name for r in manifest.tensors if r.kind in ("matrix", "vector", "tied")]
     return parameter_names(model, model.base_model_prefix, body)
 

