@@ -10,7 +10,8 @@ rows of 8 tasks, 64 tokens each):
 - forward:     the twin model with weights given
 - routed:      route, then forward: what a user calls
 - row by row:  route, then merge each row's own model densely and run the row alone, as the
-               reference code does (from factors, which is cheaper than its dense sums)
+               reference code does: W_s + Σ_t w_t v_t over dense v_t that are held in memory
+- row by row, factors: the same, but with the sums made from factors, which is cheaper
 
 Writes medians, ratios to plain and the largest difference to `results/mixed_batch.json`.
 """
@@ -67,14 +68,37 @@ def full_batch(model, data: Path, rows: int, tokens: int) -> dict[str, torch.Ten
     return {k: torch.tensor([row[k] for row in encoded.rows]) for k in encoded.rows[0]}
 
 
+class DenseSums:
+    """The reference code's way: every expert's dense difference in memory, summed for each row."""
+
+    def __init__(self, model) -> None:
+        self._merge = DenseMerge(model)
+        experts = len(model.experts)
+        vectors: list[dict[str, torch.Tensor]] = []
+        for one in torch.eye(experts):
+            self._merge.at(one)
+            now = {name: p.clone() for name, p in self._merge.targets.items()}
+            vectors.append({name: p - self._merge.shared[name] for name, p in now.items()})
+        self._vectors = vectors
+
+    def at(self, weights: torch.Tensor):
+        for name, target in self._merge.targets.items():
+            total = self._merge.shared[name].clone()
+            for weight, vector in zip(weights.tolist(), self._vectors, strict=True):
+                total += weight * vector[name]
+            target.copy_(total)
+        return self._merge.with_head(weights)
+
+
 @torch.inference_mode()
 def measure(model, batch: dict[str, torch.Tensor], repeats: int) -> dict[str, Any]:
     plain_merge, dense = DenseMerge(model), DenseMerge(model)
+    reference = DenseSums(model)
     plain = plain_merge.at(torch.zeros(len(model.experts)), head=model.experts[0])
     weights = model.route(**batch)
     rows = len(weights)
 
-    def row_by_row() -> list[torch.Tensor]:
+    def row_by_row(dense: DenseMerge | DenseSums) -> list[torch.Tensor]:
         out = []
         for row, own in enumerate(model.route(**batch)):
             single = {key: value[row : row + 1] for key, value in batch.items()}
@@ -86,14 +110,15 @@ def measure(model, batch: dict[str, torch.Tensor], repeats: int) -> dict[str, An
             "plain": lambda: plain(**batch),
             "forward": lambda: model(**batch, weights=weights),
             "routed": lambda: model(**batch),
-            "row by row": row_by_row,
+            "row by row": lambda: row_by_row(reference),
+            "row by row, factors": lambda: row_by_row(dense),
         },
         repeats,
     )
     mixed = model(**batch)
     difference = max(
         float((mixed.logits[row, : len(alone)] - alone).abs().max())
-        for row, alone in enumerate(row_by_row())
+        for row, alone in enumerate(row_by_row(dense))
     )
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     return {

@@ -22,3 +22,19 @@ def zoo(tmp_path_factory: pytest.TempPathFactory):
     from tiny import Zoo
 
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny text classifier with tokenizer, data and router, see `texts.TextBench`."""
+    from texts import BERT_TEXT, TextBench
+
+    return TextBench(tmp_path_factory.mktemp("bench"), BERT_TEXT)
+
+
+@pytest.fixture(scope="session")
+def causal_bench(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny language model with tokenizer and router, see `texts.TextBench`."""
+    from texts import LLAMA_TEXT, TextBench
+
+    return TextBench(tmp_path_factory.mktemp("causal"), LLAMA_TEXT)

@@ -13,8 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from conftest import randn
-from tiny import EXPERTS, FAMILIES, adapter, batch_of, inherit, made, merge, merged_folder, row
+from tiny import (
+    BERT,
+    EXPERTS,
+    FAMILIES,
+    Family,
+    adapter,
+    batch_of,
+    inherit,
+    made,
+    merge,
+    merged_folder,
+    row,
+)
 
 from twinmerge.errors import InputError, RouterError, UnsupportedModel
 from twinmerge.runtime.heads import HeadSwitch
@@ -404,7 +417,9 @@ def test_one_vector_or_one_mapping_of_weights_serves_all_rows(zoo):
 
 def test_heads_stand_where_the_experts_heads_stood(zoo):
     switches = {
-        name: sorted(p for p, m in zoo.twin(name).model.named_modules() if isinstance(m, HeadSwitch))
+        name: sorted(
+            p for p, m in zoo.twin(name).model.named_modules() if isinstance(m, HeadSwitch)
+        )
         for name in ALL
     }
     want = {
@@ -426,6 +441,46 @@ def test_a_model_that_mixes_rows_is_refused_by_the_name_of_its_layer(zoo, tmp_pa
     with routed(Routing(torch.ones(4, 3), None)):
         with pytest.raises(UnsupportedModel, match=r"query: expected a first axis of 4 rows"):
             layer(torch.zeros(12, 16))
+
+
+def test_a_model_without_a_list_of_blocks_runs_with_given_weights(tmp_path):
+    # ALBERT runs one block several times: nothing to read features from.
+    sizes = BERT | dict(embedding_size=8)
+    albert = Family(
+        tf.AlbertModel, tf.AlbertForSequenceClassification, tf.AlbertConfig, sizes, heads=(2, 3, 1)
+    )
+    made_ = made(albert, tmp_path)
+    merge(made_.base, made_.experts, tmp_path / "out", exclusive={"rank": "full"})
+    twin, inputs = load(tmp_path / "out"), batch_of(albert)
+    assert_close(twin(task="code", **inputs).logits, made_.expert("code")(**inputs).logits)
+    with pytest.raises(
+        UnsupportedModel, match="found no list of .2. blocks .* Give weights= or ta"
+    ):
+        twin.features.read(inputs, [0])
+
+
+def test_an_expert_layer_that_mixes_rows_is_refused_and_not_run_wrongly(tmp_path):
+    # MPNet looks up one table of relative positions for all rows.
+    mpnet = Family(
+        tf.MPNetModel, tf.MPNetForSequenceClassification, tf.MPNetConfig, BERT, heads=(2, 3, 1)
+    )
+    made_ = made(mpnet, tmp_path)
+    merge(made_.base, made_.experts, tmp_path / "out")
+    with pytest.raises(
+        UnsupportedModel, match=r"relative_attention_bias: expected .* got \(7, 7\)"
+    ):
+        load(tmp_path / "out")(task="code", **batch_of(mpnet))
+
+
+def test_weights_that_the_live_model_fuses_are_refused_by_name(tmp_path):
+    sizes = FAMILIES["llama"].sizes | {"num_local_experts": 2}
+    mixtral = Family(tf.MixtralForCausalLM, tf.MixtralForCausalLM, tf.MixtralConfig, sizes)
+    made_ = made(mixtral, tmp_path)
+    merge(made_.base, made_.experts, tmp_path / "out")
+    with pytest.raises(
+        UnsupportedModel, match="experts.0.w1.weight: the experts differ in it, but M"
+    ):
+        load(tmp_path / "out")
 
 
 def test_two_experts_of_one_class_are_served_as_well_as_three(tmp_path):

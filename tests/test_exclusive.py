@@ -87,7 +87,9 @@ def test_factors_in_sixteen_bits_share_the_scale_evenly(dtype):
     delta = 1e-4 * randn(30, 20, seed=0)
     factors = factorize(delta, Cut(full=True), dtype)
     assert factors.error < 2**-7
-    assert float(factors.a.float().norm()) == pytest.approx(float(factors.b.float().norm()), rel=1e-2)
+    assert float(factors.a.float().norm()) == pytest.approx(
+        float(factors.b.float().norm()), rel=1e-2
+    )
     assert float(factors.a.abs().max()) > 1e-3  # far from float16's smallest numbers
 
 

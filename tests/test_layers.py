@@ -354,7 +354,9 @@ def test_a_bare_parameter_reads_as_one_per_row(shape):
 
 @pytest.mark.parametrize("shape", [(5, 6), (6,), (2, 5, 6)])
 def test_a_bare_parameter_without_a_leading_one_is_refused(shape):
-    with pytest.raises(UnsupportedModel, match="the.token: a bare parameter of shape .* no leading"):
+    with pytest.raises(
+        UnsupportedModel, match="the.token: a bare parameter of shape .* no leading"
+    ):
         TwinParameter(torch.Size(shape), whole(*shape, seed=0), "the.token")
 
 

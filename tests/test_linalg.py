@@ -45,7 +45,9 @@ MATRICES = {
     "zero": torch.zeros(9, 6),
     "zero rows": torch.cat([torch.zeros(5, 8), randn(7, 8, seed=4), torch.zeros(3, 8)]),
     "zero columns": torch.cat([torch.zeros(8, 5), randn(8, 7, seed=5)], dim=1),
-    "one entry": torch.zeros(7, 9).index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(-2.0)),
+    "one entry": torch.zeros(7, 9).index_put(
+        (torch.tensor(3), torch.tensor(4)), torch.tensor(-2.0)
+    ),
     "one row": randn(1, 12, seed=6),
     "one column": randn(12, 1, seed=7),
     "one number": torch.full((1, 1), -3.0),

@@ -30,7 +30,9 @@ BERT = TEXT | dict(intermediate_size=24, max_position_embeddings=14, initializer
 LLAMA = TEXT | dict(
     intermediate_size=24, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2
 )
-DISTILBERT = dict(vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, initializer_range=0.2)
+DISTILBERT = dict(
+    vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, initializer_range=0.2
+)
 GPT2 = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
 VIT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 VIT |= dict(image_size=8, patch_size=4, initializer_range=0.2)
@@ -79,9 +81,7 @@ FAMILIES: dict[str, Family] = {
         DISTILBERT,
         heads=(2, 3, 1),
     ),
-    "vit": Family(
-        tf.ViTModel, tf.ViTForImageClassification, tf.ViTConfig, VIT, heads=(2, 3, 4)
-    ),
+    "vit": Family(tf.ViTModel, tf.ViTForImageClassification, tf.ViTConfig, VIT, heads=(2, 3, 4)),
     "llama": Family(tf.LlamaForCausalLM, tf.LlamaForCausalLM, tf.LlamaConfig, LLAMA | GQA),
     "llama tied": Family(
         tf.LlamaForCausalLM,
@@ -178,7 +178,9 @@ def save(model: Any, folder: Path | str, **options: Any) -> str:
     return str(folder)
 
 
-def adapter(model: Any, folder: Path, seed: str = "adapter", scale: float = 0.1, **lora: Any) -> str:
+def adapter(
+    model: Any, folder: Path, seed: str = "adapter", scale: float = 0.1, **lora: Any
+) -> str:
     """Save a peft LoRA adapter of `model` with random factors; `merged` gets the full model."""
     from peft import LoraConfig, get_peft_model
 

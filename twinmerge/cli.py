@@ -44,10 +44,11 @@ def merge(
         bool, typer.Option("--dry-run", help="Check everything, say what it needs, write nothing.")
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="Where the base model is, instead of the recipe's base_model.")
+        str | None,
+        typer.Option(help="Where the base model is, instead of the recipe's base_model."),
     ] = None,
     max_shard_bytes: Annotated[
-        int, typer.Option(help="Size limit of the shared expert's files, in bytes.")
+        int, typer.Option(help="Size limit of the shared expert's files, in bytes.", min=1)
     ] = 5_000_000_000,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -56,9 +57,10 @@ def merge(
     from .recipe import load_recipe
 
     written = load_recipe(recipe)
-    if base is not None:
-        written = written.model_copy(update={"base_model": base})
     resolved = written.resolved(recipe.parent)
+    if base is not None:  # not resolved: a path on the command line counts from here
+        written = written.model_copy(update={"base_model": base})
+        resolved = resolved.model_copy(update={"base_model": base})
     if dry_run:
         from .artifact.writer import check_target
         from .merging.plan import make_plan
@@ -110,7 +112,7 @@ def fit_router(
     manifest = Artifact(out, check=False).manifest
     settings: dict[str, Any] = dict(manifest.recipe.get("router", {}))
     if layer:
-        settings["layer"] = int(layer) if layer.isdigit() else layer
+        settings["layer"] = int(layer) if layer.isdecimal() else layer
     if rows is not None:
         settings["rows_per_task"] = rows
     found, unused = read_tasks(data, manifest.names, split)
@@ -134,9 +136,9 @@ def run(
     ] = None,
     task: Annotated[str | None, typer.Option(help="Use this expert for every row.")] = None,
     columns: Columns = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward.", min=1)] = 32,
     max_tokens: MaxTokens = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Generation: tokens to add.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Generation: tokens to add.", min=1)] = 128,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, ...")] = "cpu",
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines: always so.")] = True,
@@ -156,7 +158,7 @@ def run(
     if not rows:
         raise InputError(f"{file or 'standard input'}: no rows to answer.")
     texts = [text_of(row, _columns(columns)) for row in rows]
-    model = load(out, device=device)
+    model = load(out, device=_device(device))
     with _progress(quiet, "answering") as progress:
         results = answer_texts(
             model,
@@ -179,7 +181,9 @@ def evaluate(
     ],
     protocol: Annotated[
         list[str] | None,
-        typer.Option(help="routed, known-head, oracle or shared; may be repeated. Default: routed."),
+        typer.Option(
+            help="routed, known-head, oracle or shared; may be repeated. Default: routed."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="Which file of EXPERT/ to read.")] = "test",
     experts: Annotated[
@@ -189,9 +193,9 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option(help="Where the base model is, for --experts.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="First rows of every task only.")] = None,
+    rows: Annotated[int | None, typer.Option(help="First rows of every task only.", min=1)] = None,
     columns: Columns = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward.", min=1)] = 32,
     max_tokens: MaxTokens = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -445,7 +449,7 @@ def _eval_text(result: dict[str, Any]) -> None:
                     f"{task['rows']:,}",
                     f"{task['score']:.4f}",
                     "-" if expert is None else f"{expert:.4f}",
-                    "-" if expert is None else f"{100 * task['score'] / expert:.1f}",
+                    "-" if not expert else f"{100 * task['score'] / expert:.1f}",
                     "-" if routed is None else f"{routed:.1%}",
                 ]
             )
@@ -477,12 +481,28 @@ def _checked(model: Any, settings: dict[str, Any]) -> Any:
 
 
 def _lines(file: Path | None) -> list[str]:
-    if file is None:
-        return sys.stdin.read().splitlines()
+    from .data import ENCODING
+
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        text = data.decode(ENCODING)
     except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"{file}: cannot be read as UTF-8 text ({problem}).") from None
+        where = file or "standard input"
+        raise InputError(f"{where}: cannot be read as UTF-8 text ({problem}).") from None
+    # Not splitlines(): JSON strings and plain text may hold U+2028 and its like.
+    return text.replace("\r\n", "\n").split("\n")
+
+
+def _device(name: str) -> str:
+    """A device that torch can use here, or an `InputError`."""
+    import torch
+
+    try:
+        torch.empty(1, device=name).add(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise InputError(f"--device {name}: cannot be used here ({reason}).") from None
+    return name
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,15 @@ COLUMNS: tuple[Text, ...] = (
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
+ENCODING = "utf-8-sig"
+"""UTF-8, with or without the mark that some editors put first."""
+
 
 class Tokenizer(Protocol):
+    pad_token_id: Any
+    pad_token: Any
+    eos_token: Any
+
     def __call__(self, text: Any, /, **options: Any) -> Any: ...
     def pad(self, encoded: Any, **options: Any) -> Any: ...
 
@@ -46,19 +54,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """All rows of a .jsonl or .jsonl.gz file. Raises `InputError` with the line's number."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            return list(_rows(lines, str(path)))
-    except (OSError, EOFError, UnicodeDecodeError) as problem:
+        with opened(path, "rt", encoding=ENCODING) as lines:
+            return list(_rows(enumerate(lines, start=1), str(path)))
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as problem:
         raise InputError(f"{path}: cannot be read as JSON lines ({problem}).") from None
 
 
-def _rows(lines: Iterable[str], where: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
+def _rows(lines: Iterable[tuple[int, str]], where: str) -> Iterator[dict[str, Any]]:
+    for number, line in lines:
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise InputError(f"{where}, line {number}: not JSON ({problem}).") from None
         if not isinstance(row, dict):
             raise InputError(
@@ -73,15 +81,15 @@ def parse_inputs(lines: Iterable[str], where: str = "input") -> list[dict[str, A
 
     A plain line is one text; a tab in it separates a pair. Empty lines are skipped.
     """
-    kept = [line for line in lines if line.strip()]
-    if kept and kept[0].lstrip().startswith("{"):
+    kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if kept and kept[0][1].lstrip().startswith("{"):
         return list(_rows(kept, where))
     rows: list[dict[str, Any]] = []
-    for line in kept:
+    for number, line in kept:
         parts = line.rstrip("\r\n").split("\t")
         if len(parts) > 2:
             raise InputError(
-                f"{where}, line {len(rows) + 1}: expected one text, or two with a tab between "
+                f"{where}, line {number}: expected one text, or two with a tab between "
                 f"them, got {len(parts)} parts. Use JSON lines for text that holds tabs."
             )
         rows.append(dict(zip(("text", "text_pair"), parts, strict=False)))
@@ -90,6 +98,11 @@ def parse_inputs(lines: Iterable[str], where: str = "input") -> list[dict[str, A
 
 def text_of(row: dict[str, Any], columns: Sequence[str] | None = None) -> Text:
     """The text or pair of a row. Raises `InputError` if no known column is there."""
+    if columns is not None and not 1 <= len(columns) <= 2:
+        raise InputError(
+            f"--columns: expected one column, or two for a pair, got {len(columns)}: "
+            f"{', '.join(columns) or 'none'}."
+        )
     for names in [tuple(columns)] if columns else COLUMNS:
         if all(isinstance(row.get(name), str) for name in names):
             return tuple(row[name] for name in names)
@@ -104,15 +117,19 @@ def text_of(row: dict[str, Any], columns: Sequence[str] | None = None) -> Text:
 def task_files(folder: Path, split: str) -> dict[str, Path]:
     """Task name -> file, for a folder of tasks."""
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder with rows for every expert; it is not there.")
+        raise InputError(
+            f"{folder}: expected a folder with rows for every expert; it is not there."
+        )
     found: dict[str, Path] = {}
     for entry in sorted(folder.iterdir()):
         for suffix in SUFFIXES:
             inside = entry / f"{split}{suffix}"
             if entry.is_dir() and inside.is_file():
                 found[entry.name] = inside
-            elif entry.is_file() and entry.name.endswith(suffix) and suffix == "".join(
-                entry.suffixes[-suffix.count(".") :]
+            elif (
+                entry.is_file()
+                and entry.name.endswith(suffix)
+                and suffix == "".join(entry.suffixes[-suffix.count(".") :])
             ):
                 found[entry.name.removesuffix(suffix)] = entry
     return found
@@ -173,6 +190,11 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Text], max_tokens: int) -> Enco
         for place, i in enumerate(chosen):
             was_cut[i] = len(full["input_ids"][place]) > max_tokens
             rows[i] = {key: cut[key][place] for key in cut}
+            if len(rows[i]["input_ids"]) > max_tokens:  # the tokenizer gave up without a word
+                raise InputError(
+                    f"--max-tokens {max_tokens}: too few for the marks that the tokenizer sets "
+                    "around a text. Allow more."
+                )
     return Encoded(rows, was_cut)
 
 
@@ -188,7 +210,13 @@ def batches(
 
 def pad(tokenizer: Tokenizer, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """One batch of tensors, padded to its longest row."""
-    tensors = tokenizer.pad({key: [row[key] for row in rows] for key in rows[0]}, return_tensors="pt")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise InputError("the tokenizer has neither a padding nor an end token to pad with.")
+        tokenizer.pad_token = tokenizer.eos_token  # any will do: the mask hides it
+    tensors = tokenizer.pad(
+        {key: [row[key] for row in rows] for key in rows[0]}, return_tensors="pt"
+    )
     return {key: tensors[key] for key in tensors if isinstance(tensors[key], torch.Tensor)}
 
 
@@ -204,6 +232,8 @@ def token_limit(model: Any, asked: int | None) -> int:
     pad_offset = getattr(config, "pad_token_id", 0) or 0
     if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= pad_offset + 1  # their positions start after the padding index
+    if asked is not None and asked < 1:
+        raise InputError(f"--max-tokens {asked}: expected at least 1.")
     if asked is not None and asked > positions:
         raise InputError(f"--max-tokens {asked}: the model has {positions} positions.")
     return min(asked or 512, positions)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from statistics import fmean
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..data import Encoded, batches, encode, text_of, token_limit
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from ..runtime.model import TwinModel
 from .metrics import metric
 from .tasks import Task, task_for
@@ -61,10 +62,14 @@ class Report:
         return fmean(task.score for task in self.tasks.values())
 
     def normalised(self, without: Sequence[str] = ()) -> float | None:
-        """Mean of score / expert's score, None without a reference."""
-        if self.reference is None:
-            return None
+        """Mean of score / expert's score.
+
+        None without a reference or tasks, and where an expert scores 0 or less: a share of that
+        says nothing.
+        """
         kept = [name for name in self.tasks if name not in without]
+        if self.reference is None or not kept or min(self.reference[n] for n in kept) <= 0:
+            return None
         return fmean(self.tasks[name].score / self.reference[name] for name in kept)
 
     @property
@@ -114,6 +119,8 @@ def prepare(
     """Tokenize the rows of every task. Raises `InputError` for missing columns or labels."""
     out = {}
     outputs = {expert.name: expert.outputs for expert in model.manifest.experts}
+    if not rows:
+        raise InputError("expected rows of at least one task, got none.")
     limit = token_limit(model, max_tokens)
     for name, found in rows.items():
         if name not in outputs:
@@ -123,6 +130,8 @@ def prepare(
                 f"task '{name}': its expert has no head with labels to score. Use `run` for "
                 "generation."
             )
+        if not found:
+            raise InputError(f"task '{name}': expected at least one row, got none.")
         task = task_for(name, outputs[name])
         texts = [text_of(dict(row), columns or task.columns) for row in found]
         truth = [_label(row, name, model, number) for number, row in enumerate(found, start=1)]
@@ -136,8 +145,14 @@ def _label(row: Mapping[str, Any], task: str, model: TwinModel, number: int) -> 
     names = model.labels[task]
     if isinstance(label, str) and names is not None and label in names:
         return float(names.index(label))
-    if isinstance(label, bool) or not isinstance(label, int | float):
-        raise InputError(f"task '{task}', row {number}: expected a label, got {label!r}.")
+    if isinstance(label, bool) or not isinstance(label, int | float) or not isfinite(label):
+        hint = ""
+        if names is not None:
+            hint = f"{did_you_mean(str(label), names)} Known: {', '.join(names)}, or numbers."
+        raise InputError(
+            f"task '{task}', row {number}: expected a finite number or the name of a class as "
+            f"`label`, got {label!r}.{hint}"
+        )
     if names is not None and label not in range(len(names)):
         raise InputError(
             f"task '{task}', row {number}: label {label!r} is not one of the expert's "
@@ -167,9 +182,11 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
+    if reference is not None and (lacking := [name for name in rows if name not in reference]):
+        raise InputError(f"reference=: has no score of the expert '{lacking[0]}'.")
     prepared: dict[str, Prepared] = {}
     raw = {name: value for name, value in rows.items() if not isinstance(value, Prepared)}
-    if raw:
+    if raw or not rows:
         prepared |= prepare(model, raw, max_tokens=max_tokens, columns=columns)  # type: ignore[arg-type]
     prepared |= {name: value for name, value in rows.items() if isinstance(value, Prepared)}
     scores: dict[str, TaskScore] = {}
@@ -229,7 +246,15 @@ def _how(model: TwinModel, name: str, protocol: Protocol) -> dict[str, Any]:
 
 
 def guesses_of(logits: Tensor, names: list[str] | None) -> list[float]:
-    """The class, or the value of a regression (`names` is None), of every row of one head."""
+    """The class, or the value of a regression (`names` is None), of every row of one head.
+
+    Raises `InputError` unless there is one answer for a row: heads that label tokens have none.
+    """
+    if logits.ndim != 2:
+        raise InputError(
+            f"expected one answer per row, (batch, class), but the head gives "
+            f"{tuple(logits.shape)}. Only sequence classification and regression can be scored."
+        )
     values = logits[:, 0] if names is None else logits[:, : len(names)].argmax(dim=-1)
     return values.float().tolist()
 

@@ -7,8 +7,8 @@ DATA     `<task>/{train,validation,test}.jsonl.gz`
 OUT      the results; rows are added as they are done, and a second run goes on where one stopped
 
 What is chosen, and on which rows: coefficients of the static merges by the mean normalised score
-with known heads on the first `--choose-rows` validation rows of each task; router layer and epoch on
-a fifth, held out, of the train rows that the router is fitted on. Test rows choose nothing.
+with known heads on the first `--choose-rows` validation rows of each task; router layer and epoch
+on a fifth, held out, of the train rows that the router is fitted on. Test rows choose nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import typer
 from ..artifact.reader import Artifact
 from ..artifact.writer import replace_text
 from ..data import read_tasks, text_of
+from ..errors import InputError
 from ..merging.build import build
 from ..recipe import Recipe, Router
 from ..runtime.load import load, load_router
@@ -119,7 +120,14 @@ class Study:
     # ------------------------------------------------------------------ steps
 
     def run(self, say: Callable[[str], None]) -> None:
-        self.save(settings=self.settings | {"experts": self.names}, provenance=provenance())
+        settings = self.settings | {"experts": self.names}
+        if self.results.get("settings", settings) != settings:
+            raise InputError(
+                f"{self.out}: holds results of other settings, {self.results['settings']}; now "
+                f"they are {settings}. Give another file."
+            )
+        if "provenance" not in self.results:
+            self.save(settings=settings, provenance=provenance())
         if "experts" not in self.results:
             say("experts on their own rows")
             self.save(experts=self.score_experts())
@@ -160,6 +168,12 @@ class Study:
                 split: vars(score_plain(model, plain, name, tasks[name]))
                 for split, tasks in sets.items()
             }
+            for split, score in scores[name].items():
+                if score["score"] <= 0:
+                    raise InputError(
+                        f"expert '{name}' scores {score['score']:.3f} on its own {split} rows, so "
+                        "no normalised score exists. Does its checkpoint belong to these rows?"
+                    )
         return scores
 
     def reference(self, split: str) -> dict[str, float]:
@@ -184,7 +198,9 @@ class Study:
         router = self.route(folder, routers)
         model = load(folder, check=False)
         tasks = self.prepared(model, "test", self.settings["test_rows"])
-        protocols: list[Protocol] = ["routed", "known-head", "oracle"] if twin else ["routed", "oracle"]
+        protocols: list[Protocol] = (
+            ["routed", "known-head", "oracle"] if twin else ["routed", "oracle"]
+        )
         reports: dict[str, Any] = {}
         for protocol in protocols:
             report = evaluate(model, tasks, protocol, reference=self.reference("test"))
@@ -198,6 +214,7 @@ class Study:
             "method": recipe.merge_method,
             "parameters": dict(recipe.parameters),
             "rank": recipe.exclusive.rank,
+            "commit": provenance()["commit"],
             "build_seconds": seconds,
             "bytes": {
                 "base": shared,
@@ -249,7 +266,9 @@ def main(
     data: Annotated[Path, typer.Argument(help="`<task>/{train,validation,test}.jsonl.gz`.")],
     out: Annotated[Path, typer.Argument(help="Results, JSON.")],
     base: Annotated[str, typer.Option(help="Folder or hub id of the base model.")],
-    work: Annotated[Path | None, typer.Option(help="Where artifacts go; default: temporary.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where artifacts go; default: temporary.")
+    ] = None,
     choose_rows: Annotated[int, typer.Option(help="Validation rows per task that choose.")] = 200,
     test_rows: Annotated[int | None, typer.Option(help="Test rows per task; default: all.")] = None,
     router_rows: Annotated[int, typer.Option(help="Train rows per task for the router.")] = 1000,
@@ -270,7 +289,9 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         study = Study(experts, data, out, base, work or Path(temporary), settings)
         started = time.perf_counter()
-        study.run(lambda what: typer.echo(f"{time.perf_counter() - started:6.0f} s  {what}", err=True))
+        study.run(
+            lambda what: typer.echo(f"{time.perf_counter() - started:6.0f} s  {what}", err=True)
+        )
 
 
 if __name__ == "__main__":

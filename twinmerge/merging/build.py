@@ -8,8 +8,11 @@ not grow with the model.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -87,10 +90,27 @@ def build(
     plan = make_plan(recipe)
     try:
         check_space(out, plan.shared_bytes() + len(plan.experts) * plan.expert_bytes())
-        with whole_folder(out) as folder:
-            return _Build(plan, folder, shard_bytes, progress).run(written or recipe)
+        with whole_folder(out) as folder, _one_thread_each(len(plan.experts)) as pool:
+            return _Build(plan, folder, shard_bytes, progress, pool).run(written or recipe)
     finally:
         plan.close()
+
+
+@contextmanager
+def _one_thread_each(experts: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers for one expert's matrix each, and one thread inside every operation.
+
+    Sums inside an operation then add up in one order, so the bytes of an artifact do not depend on
+    the number of cores; and small matrices gain nothing from threads of their own.
+    """
+    before = torch.get_num_threads()
+    workers = min(experts, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -99,6 +119,7 @@ class _Build:
     folder: Path
     shard_bytes: int
     progress: Progress | None
+    _pool: ThreadPoolExecutor
     records: list[TensorRecord] = field(default_factory=list)
 
     def run(self, written: Recipe) -> Manifest:
@@ -222,14 +243,19 @@ class _Build:
             return shares
         # Against what was stored, rounding included: full rank gives the expert back.
         stored = stored.to(step.base.dtype)
-        for index, (name, writer) in enumerate(self._experts.items()):
-            delta = experts[index] - stored
-            if tensor.matrix is None:
-                size = writer.add(tensor.name + DELTA, delta.to(tensor.dtype))
+        if tensor.matrix is None:
+            for own, (name, writer) in zip(experts, self._experts.items(), strict=True):
+                size = writer.add(tensor.name + DELTA, (own - stored).to(tensor.dtype))
                 shares[name] = Share(bytes=size, error=0.0)
-            else:
-                factors = factorize(delta.view(tensor.matrix), self.plan.cut, tensor.dtype)
-                shares[name] = _write(writer, tensor.name, factors)
+            return shares
+
+        def cut(own: Tensor) -> Factors:
+            delta = (own - stored).reshape(tensor.matrix)
+            return factorize(delta, self.plan.cut, tensor.dtype)
+
+        factors = self._pool.map(cut, experts)
+        for found, (name, writer) in zip(factors, self._experts.items(), strict=True):
+            shares[name] = _write(writer, tensor.name, found)
         return shares
 
     def _merge_factored(self, step: Step, shared: TensorFileWriter) -> dict[str, Share]:

@@ -133,6 +133,8 @@ def make_plan(recipe: Recipe) -> Plan:
     for expert in experts:
         check_shapes(base, expert)
     heads = sorted({name for expert in experts for name in expert.head_names()})
+    # First: that kinds of task differ says more than the tensors in which they do.
+    model_class = _model_class(base, experts)
     tensors = [_planned_head(name, base, experts) for name in heads]
     tied = _tied(base)
     for name in base.names():
@@ -171,7 +173,7 @@ def make_plan(recipe: Recipe) -> Plan:
         experts=experts,
         tensors=tensors,
         cut=_cut(recipe),
-        model_class=_model_class(base, experts, bool(heads)),
+        model_class=model_class,
         configs=configs,
         outputs={expert.name: _outputs(expert, heads) for expert in experts},
         warnings=warnings,
@@ -232,8 +234,12 @@ def _outputs(expert: Expert, heads: list[str]) -> int | None:
     return min((shape[0] for shape in last or matrices), default=None)
 
 
-def _model_class(base: Checkpoint, experts: list[Expert], heads: bool) -> str:
-    """The task model's class in transformers; one for the whole artifact."""
+def _model_class(base: Checkpoint, experts: list[Expert]) -> str:
+    """The task model's class in transformers; one for the whole artifact.
+
+    An expert saved without any head goes with all kinds; if the others have one, that its head is
+    missing is told by `_planned_head`.
+    """
     classes: dict[str, str] = {}
     own = (base.config.get("architectures") or ["AutoModel"])[0]
     for expert in experts:
@@ -241,20 +247,20 @@ def _model_class(base: Checkpoint, experts: list[Expert], heads: bool) -> str:
             classes[expert.name] = (expert.config.get("architectures") or [own])[0]
         else:
             task = expert.adapter_config.get("task_type")
-            if task is None and heads:
+            if task is None and expert.head_names():
                 raise UnsupportedCheckpoint(
                     f"expert '{expert.name}': has a head of its own, but its adapter_config.json "
                     f"names no task_type.\n  Set it to one of {', '.join(_ADAPTER_CLASSES)}."
                 )
             classes[expert.name] = _ADAPTER_CLASSES.get(str(task), own)
     kinds = {cls: _kind(cls, own) for cls in classes.values()}
-    if len(set(kinds.values())) > 1:
+    if len(set(kinds.values()) - {""}) > 1:
         listed = ", ".join(f"'{name}' is a {cls}" for name, cls in classes.items())
         raise CheckpointError(
             f"the experts are different kinds of task model: {listed}.\n  "
             "One artifact holds one kind; build one for each."
         )
-    return min(kinds, key=lambda cls: (cls.startswith("Auto"), cls))
+    return min(kinds, key=lambda cls: (not kinds[cls], cls.startswith("Auto"), cls))
 
 
 def _kind(cls: str, own: str) -> str:

@@ -122,16 +122,16 @@ def read_step(plan: Plan, tensor: Planned, work: torch.dtype, *, affine: bool) -
     if affine and len(known) == len(vectors) and tensor.matrix:
         if 2 * stacked <= min(tensor.matrix):
             return Step(tensor, base, vectors=known)
-    experts = base.new_empty(len(plan.experts), *base.shape)
+    experts: list[Tensor] = []
     equal = True
-    for index, (expert, vector) in enumerate(zip(plan.experts, vectors, strict=True)):
-        if isinstance(vector, Unchanged):
-            experts[index] = base
-            continue
-        experts[index] = expert.read(tensor.name)
-        equal = equal and torch.equal(experts[index], base)
-        _check_finite(experts[index], tensor.name, f"expert '{expert.name}'", expert.reference)
-    return Step(tensor, base) if equal else Step(tensor, base, experts=experts)
+    for expert, vector in zip(plan.experts, vectors, strict=True):
+        own = base if isinstance(vector, Unchanged) else expert.read(tensor.name).to(work)
+        if own is not base and not torch.equal(own, base):
+            equal = False
+            _check_finite(own, tensor.name, f"expert '{expert.name}'", expert.reference)
+        experts.append(own)
+    # Stacked only now: a table that no expert trained is never copied once per expert.
+    return Step(tensor, base) if equal else Step(tensor, base, experts=torch.stack(experts))
 
 
 def read_heads(plan: Plan, tensor: Planned) -> list[Tensor]:
@@ -146,7 +146,7 @@ def read_heads(plan: Plan, tensor: Planned) -> list[Tensor]:
 
 def _check_finite(tensor: Tensor, name: str, whose: str, reference: str) -> None:
     # One pass without a mask; a sum may overflow although all entries are finite.
-    if torch.isfinite(tensor.sum(dtype=torch.float64)):
+    if torch.isfinite(tensor.sum(dtype=max(tensor.dtype, torch.float32, key=lambda d: d.itemsize))):
         return
     bad = ~torch.isfinite(tensor)
     if bad.any():

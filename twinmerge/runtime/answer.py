@@ -24,16 +24,14 @@ def answer_texts(
 ) -> Iterator[dict[str, Any]]:
     """One dictionary per text: `expert`, `weight`, `answer`, `score`, `weights`.
 
-    `answer` is a label, a value (regression, then `score` is absent), or generated text. `truncated`
-    is there, and true, where a text was cut to the token limit.
+    `answer` is a label, a value (regression, then `score` is absent), or generated text.
+    `truncated` is there, and true, where a text was cut to the token limit.
     """
     limit = token_limit(model, max_tokens)
     generates = model.can_generate
     tokenizer = model.tokenizer
     if generates:
         tokenizer.padding_side = "left"
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
         encoded = encode(tokenizer, chunk, limit)
@@ -76,7 +74,8 @@ def _generated(
     )
     new = tokens[:, batch["input_ids"].shape[1] :]
     results = []
-    for text, row in zip(model.tokenizer.batch_decode(new, skip_special_tokens=True), weights, strict=True):
+    texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
+    for text, row in zip(texts, weights, strict=True):
         best = int(row.argmax())
         results.append(
             {

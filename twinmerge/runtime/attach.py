@@ -35,6 +35,8 @@ from .layers import (
     Whole,
 )
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass
 class _Site:
@@ -176,7 +178,7 @@ def _replace(model: nn.Module, path: str, site: _Site) -> None:
         new = TwinLookup(module, weight, path)
     elif kind is nn.LayerNorm and known and len(module.normalized_shape) == 1:
         new = TwinLayerNorm(module, _whole(weight), _whole(bias), path)
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and known and not isinstance(weight, Whole):
+    elif isinstance(module, _CONVOLUTIONS) and known and not isinstance(weight, Whole):
         new = TwinConv(module, weight, _whole(bias), path)
     elif _is_elementwise(module, patches):
         new = TwinElementwise(module, {k: v for k, v in patches.items() if isinstance(v, Whole)}, path)
@@ -199,7 +201,7 @@ def _replace(model: nn.Module, path: str, site: _Site) -> None:
 
 def _in_factors(patch: Patch, module: nn.Module) -> Patch:
     """A weight of one row or one column, which is kept whole, as the rank-1 matrix that it is."""
-    layers = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layers = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
     if isinstance(patch, Stacked) or patch.delta.ndim < 3 or not isinstance(module, layers):
         return patch
     delta = patch.delta.flatten(2)  # expert, out, rest

@@ -37,8 +37,8 @@ class DenseMerge:
         self.model.to(twin.device)
         names = body_names(self.model, artifact.manifest)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._targets = {record.name: parameters[names[record.name]] for record in records}
-        self._shared = {name: target.clone() for name, target in self._targets.items()}
+        self.targets = {record.name: parameters[names[record.name]] for record in records}
+        self.shared = {name: target.clone() for name, target in self.targets.items()}
         self._patches = read_patches(artifact, records)
         self._switches = {
             path: module
@@ -52,14 +52,18 @@ class DenseMerge:
 
         Raises `InputError` for an unknown head, or if all weights are zero and no head is given.
         """
-        for name, target in self._targets.items():
-            patch, work = self._patches[name], self._shared[name]
+        for name, target in self.targets.items():
+            patch, work = self._patches[name], self.shared[name]
             if isinstance(patch, Stacked):
                 scaled = patch.b.to(work) * weights[patch.owner].to(work)
                 update = scaled @ patch.a.to(work)
             else:
                 update = torch.tensordot(weights.to(work), patch.delta.to(work), dims=1)
             torch.add(work, update.view(work.shape), out=target)
+        return self.with_head(weights, head)
+
+    def with_head(self, weights: Float[Tensor, " expert"], head: str | None = None) -> PreTrainedModel:
+        """The model as its weights are, with the head of `head` or of the highest weight."""
         for path, switch in self._switches.items():
             parent, _, attribute = path.rpartition(".")
             index = self._head(weights, head)

@@ -39,7 +39,7 @@ class Stacked:
 class Whole:
     """The differences of one tensor that is kept whole, one per expert (zeros where none)."""
 
-    delta: Float[Tensor, "expert *shape"]
+    delta: Float[Tensor, " expert *shape"]
 
 
 Patch = Stacked | Whole
@@ -122,8 +122,11 @@ class _Affine(_Mixing):
         z = z * _aligned(weights[:, self.owner].to(z.dtype), z.ndim)
         if y.shape[0] != z.shape[0]:  # one row of x served the whole batch
             return y + F.linear(z, self.b)
-        flat = torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.b.T)
-        return flat.view(y.shape)
+        if y.requires_grad:
+            return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.b.T).view(y.shape)
+        # y is ours and fresh: adding in place saves a pass over the activations.
+        y.flatten(0, -2).addmm_(z.flatten(0, -2), self.b.T)
+        return y
 
 
 class TwinLinear(_Affine, nn.Linear):
@@ -353,6 +356,11 @@ def _filled(module: nn.Module, name: str | None) -> nn.Module:
 
 class TwinConv(_Wrapping):
     """A convolution: the kernels of A, scaled, then B as a 1×1 convolution. x: (batch, in, ...)."""
+
+    a: Tensor
+    b: Tensor
+    owner: Tensor
+    shift: Tensor
 
     def __init__(
         self, inner: nn.modules.conv._ConvNd, weight: Stacked | None, bias: Whole | None, where: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,18 @@ class TwinModel(nn.Module):
         self.manifest = manifest
         self.folder = folder
         self.experts: tuple[str, ...] = manifest.names
-        self.features = FeatureReader(model)
         self.router = None if router is None else router[0]
         self.router_layer = None if router is None else router[1].layer
         self._router_problem = router_problem
         self._has_heads = any(isinstance(module, HeadSwitch) for module in model.modules())
         self._tokenizer = None
+
+    @cached_property
+    def features(self) -> FeatureReader:
+        """Reads router features. Raises `UnsupportedModel` if the model has no blocks to read from;
+        such a model still runs with given weights.
+        """
+        return FeatureReader(self.model)
 
     @property
     def config(self):
@@ -131,7 +138,7 @@ class TwinModel(nn.Module):
                 out[expert.name] = [known.get(i, f"LABEL_{i}") for i in range(width)]
         return out
 
-    def _base_labels(self) -> dict[int, str]:
+    def _base_labels(self) -> dict[Any, str]:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label or {}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +35,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is going on, steps done and steps in all."""
 
 FEATURE_BATCH = 64
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def fit_router(
     )
     features = _features(model, [text for _, text in rows], layers, max_tokens, progress)
     truth = torch.tensor([model.experts.index(expert) for expert, _ in rows])
-    split = _split([text for _, text in rows], truth, settings)
+    split = _split([text for _, text in rows], truth, model.experts, settings)
     fitted = []
     for done, layer in enumerate(layers):
         if progress:
@@ -166,11 +167,13 @@ def _features(
     return {layer: torch.cat(parts[layer])[back] for layer in layers}
 
 
-def _split(texts: Sequence[Text], truth: Tensor, settings: Router) -> _Split:
+def _split(
+    texts: Sequence[Text], truth: Tensor, experts: Sequence[str], settings: Router
+) -> _Split:
     """A share of each expert's rows held out; equal texts stay on one side."""
     draw = torch.Generator().manual_seed(settings.seed)
-    keys = [re.sub(r"\W+", " ", " ".join(text).lower()).strip() for text in texts]
-    held: list[int] = []
+    joined = [" ".join(text).lower() for text in texts]
+    keys = [re.sub(r"\W+", " ", text).strip() or text for text in joined]
     held_keys: set[str] = set()
     for expert in truth.unique().tolist():
         rows = (truth == expert).nonzero()[:, 0]
@@ -179,10 +182,10 @@ def _split(texts: Sequence[Text], truth: Tensor, settings: Router) -> _Split:
         held_keys |= {keys[row] for row in rows[:count]}
     held = [row for row in range(len(texts)) if keys[row] in held_keys]
     fit = [row for row in range(len(texts)) if keys[row] not in held_keys]
-    for expert in truth.unique().tolist():
-        if not any(int(truth[row]) == expert for row in fit):
+    for index, expert in enumerate(experts):
+        if not any(int(truth[row]) == index for row in fit):
             raise InputError(
-                f"expert number {expert + 1}: after setting rows aside none are left to fit on. "
+                f"expert '{expert}': after setting rows aside none are left to fit on. "
                 "Give more rows that differ, or a smaller held_out share."
             )
     return _Split(torch.tensor(fit), torch.tensor(held))
@@ -204,11 +207,12 @@ def _train(
         optimizer = torch.optim.Adam(mlp.parameters(), lr=settings.learning_rate)
         held_x, held_y = features[split.held_out], truth[split.held_out]
         best: tuple[float, float, int, dict[str, Tensor]] | None = None
+        size = max(2, settings.batch_size)  # batches of one would all be passed over below
         for epoch in range(settings.epochs):
             mlp.train()
-            for rows in split.fit[torch.randperm(len(split.fit))].split(settings.batch_size):
+            for rows in split.fit[torch.randperm(len(split.fit))].split(size):
                 if len(rows) < 2:
-                    continue  # BatchNorm has no variance of one row
+                    continue  # BatchNorm has no variance of one row; the next epoch draws another
                 loss = F.cross_entropy(mlp(features[rows]), truth[rows])
                 optimizer.zero_grad()
                 loss.backward()
@@ -242,25 +246,29 @@ def _confusion(
 def store_router(artifact: Artifact, mlp: RouterMLP, entry: RouterRecord) -> RouterRecord:
     """Write router and manifest so that the artifact is valid at every moment.
 
-    The new router is written beside the old one. Then the old one leaves the manifest, the files
-    change places, and the new one enters the manifest: a kill in between leaves an artifact
-    without a router, a full disk the old router.
+    All that is new is written beside the old. Then the old router leaves the manifest, the files
+    change places, and the new one enters with the new manifest: a kill in between leaves an
+    artifact without a router, a full disk the old router.
     """
     folder = artifact.folder
-    new = folder / f".{ROUTER}.new"
+    staged = {name: folder / f".{name}.fitted" for name in (ROUTER, CARD, MANIFEST)}
     try:
         with explained(folder / ROUTER):
             state = {name: tensor.contiguous() for name, tensor in mlp.state_dict().items()}
-            save_file(state, new, {"format": "pt"})
-        stored = record(new)
-        entry = entry.model_copy(update={"bytes": stored.bytes})
-        files = {k: v for k, v in artifact.manifest.files.items() if k != ROUTER}
-        without = artifact.manifest.model_copy(update={"router": None, "files": files})
-        replace_text(folder / MANIFEST, without.to_json())
-        os.replace(new, folder / ROUTER)
+            # not save_file(): its error on a full disk is no OSError
+            staged[ROUTER].write_bytes(save(state, {"format": "pt"}))
+            stored = record(staged[ROUTER])
+            entry = entry.model_copy(update={"bytes": stored.bytes})
+            files = {k: v for k, v in artifact.manifest.files.items() if k != ROUTER}
+            without = artifact.manifest.model_copy(update={"router": None, "files": files})
+            fitted = {"router": entry, "files": files | {ROUTER: stored}}
+            manifest = without.model_copy(update=fitted)
+            staged[CARD].write_text(model_card(manifest), encoding="utf-8")
+            staged[MANIFEST].write_text(manifest.to_json(), encoding="utf-8")
+            replace_text(folder / MANIFEST, without.to_json())
+            for name, path in staged.items():  # the manifest last
+                os.replace(path, folder / name)
     finally:
-        new.unlink(missing_ok=True)
-    manifest = without.model_copy(update={"router": entry, "files": files | {ROUTER: stored}})
-    replace_text(folder / "README.md", model_card(manifest))
-    replace_text(folder / MANIFEST, manifest.to_json())
+        for path in staged.values():
+            path.unlink(missing_ok=True)
     return entry

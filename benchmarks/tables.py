@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Fill the README's tables from the JSON files in `results/`.
+
+    python benchmarks/tables.py [--check]
+
+Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. With `--check` nothing is written and
+the exit code is 1 if the README differs from what the results say; a test runs it so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def made_with(provenance: dict[str, Any]) -> str:
+    versions, hardware = provenance["versions"], provenance["hardware"]
+    return (
+        f"{hardware['processor']}, {hardware['threads']} of {hardware['cores']} cores; torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; commit "
+        f"{provenance['commit']}"
+    )
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def quality() -> str | None:
+    """Normalised scores of all methods under the three protocols."""
+    data = read("glue-minilm")
+    if data is None:
+        return None
+    settings, noisy = data["settings"], ", ".join(data["settings"]["noisy"])
+    lines = [
+        "| | routed | known head | oracle | oracle without "
+        f"{noisy} | extra bytes, % of base | build, s | time of a routed row, × plain |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| the eight experts themselves | | | 100.0 | 100.0 | 700.0 | | 1.00 |",
+    ]
+    for name, row in data["rows"].items():
+        by = row["protocols"]
+        size = row["bytes"]
+        extra = (size["experts"] + size["router"]) / size["base"]
+        routed = by["routed"]
+        slower = routed["seconds_per_1000_rows"] / routed["seconds_per_1000_rows_plain"]
+        lines.append(
+            f"| {name} | {percent(routed['normalised'])} | "
+            f"{percent(by['known-head']['normalised'])} | {percent(by['oracle']['normalised'])} | "
+            f"{percent(by['oracle']['normalised_without_noisy'])} | {percent(extra)} | "
+            f"{row['build_seconds']:.1f} | {slower:.2f} |"
+        )
+    rows = sum(expert["test"]["rows"] for expert in data["experts"].values())
+    accuracy = {
+        name: row["protocols"]["routed"]["routing_accuracy"] for name, row in data["rows"].items()
+    }
+    layer = {name: row["router"]["layer"] for name, row in data["rows"].items()}
+    main = "Twin-Merging, rank 16"
+    plain = next(iter(data["rows"].values()))["protocols"]["routed"]["seconds_per_1000_rows_plain"]
+    lines += [
+        "",
+        f"Normalised score (mean over eight tasks of score / the expert's own score, in %), "
+        f"{rows:,} test rows, {settings['title']}. Routing accuracy of the averaged shared expert "
+        f"{percent(accuracy[main])} % (layer {layer[main]}). A plain model takes {plain:.1f} s per "
+        f"1,000 rows. Seeds 0. {made_with(data['provenance'])}. "
+        "From [`results/glue-minilm.json`](results/glue-minilm.json).",
+    ]
+    return "\n".join(lines)
+
+
+def per_task() -> str | None:
+    """Scores by task: experts, averaging, and Twin-Merging at rank 16."""
+    data = read("glue-minilm")
+    if data is None:
+        return None
+    tasks = data["settings"]["experts"]
+    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
+    experts = [f"{100 * data['experts'][task]['test']['score']:.1f}" for task in tasks]
+    lines.append("| experts | " + " | ".join(experts) + " |")
+    for name, protocol in (
+        ("averaging", "oracle"),
+        ("Twin-Merging, rank 16", "oracle"),
+        ("Twin-Merging, rank 16", "known-head"),
+        ("Twin-Merging, rank 16", "routed"),
+    ):
+        found = data["rows"][name]["protocols"][protocol]["tasks"]
+        cells = [f"{100 * found[task]['score']:.1f}" for task in tasks]
+        shown = "true head" if name == "averaging" else protocol
+        lines.append(f"| {name}, {shown} | " + " | ".join(cells) + " |")
+    right = data["rows"]["Twin-Merging, rank 16"]["protocols"]["routed"]["tasks"]
+    cells = [f"{100 * right[task]['routing_accuracy']:.1f}" for task in tasks]
+    lines.append("| rows routed to their own expert, % | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed() -> str | None:
+    """A mixed batch beside one plain forward."""
+    data = read("mixed_batch")
+    if data is None:
+        return None
+    lines = [
+        "| rank | forward, weights given | routed: route + forward | row by row, dense | "
+        "faster than row by row | largest difference |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for run in data["runs"]:
+        ratio = run["ratio_to_plain"]
+        lines.append(
+            f"| {run['rank']} | {ratio['forward']:.2f}× | {ratio['routed']:.2f}× | "
+            f"{ratio['row by row']:.1f}× | {run['times_faster_than_row_by_row']:.1f}× | "
+            f"{run['largest_difference']:.0e} |"
+        )
+    run = data["runs"][0]
+    layers = ", ".join(str(r["router_layer"]) for r in data["runs"])
+    lines += [
+        "",
+        f"{run['rows']} rows of {run['experts']} experts, {run['tokens']} tokens, all with soft "
+        f"weights; × one plain forward of the same batch ({run['milliseconds']['plain']:.0f} ms), "
+        f"medians of one run. The router reads layer {layers} of {run['layers']}. "
+        f"{made_with(data['provenance'])}. From "
+        "[`results/mixed_batch.json`](results/mixed_batch.json).",
+    ]
+    return "\n".join(lines)
+
+
+def building() -> str | None:
+    """Build time and memory beside their bounds."""
+    data = read("build")
+    if data is None:
+        return None
+    b = data["build"]
+    lines = [
+        f"Building rank {b['rank']} factors of {b['experts']} experts ({b['bytes_read']:,} bytes read, "
+        f"{b['bytes_written']:,} written) takes {b['build_seconds']:.2f} s; only reading and writing "
+        f"as many bytes takes {b['read_and_write_seconds']:.2f} s: **{b['ratio']:.1f}×**. Peak memory "
+        f"{b['peak_memory_bytes'] / 1e6:.0f} MB; (T + 2) × the largest tensor is "
+        f"{b['memory_bound_bytes'] / 1e6:.0f} MB.",
+        "",
+        "| model size, MB | peak memory of the build, MB | (T + 2) × largest tensor, MB |",
+        "| ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {r['model_bytes'] / 1e6:.0f} | {r['peak_memory_bytes'] / 1e6:.0f} | "
+        f"{r['memory_bound_bytes'] / 1e6:.0f} |"
+        for r in data["memory"]
+    ]
+    lines += [
+        "",
+        f"{made_with(data['provenance'])}. From [`results/build.json`](results/build.json).",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"quality": quality, "per-task": per_task, "speed": speed, "building": building}
+
+
+def filled(text: str) -> str:
+    for name, make in TABLES.items():
+        table = make()
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if table is not None:
+            text = pattern.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
+    return text
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if "--check" in sys.argv[1:]:
+        if before != after:
+            print("README.md differs from results/: run python benchmarks/tables.py")
+        return int(before != after)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
