@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from twinmerge.evaluation.study import STATIC, TWIN
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -48,12 +50,15 @@ def quality() -> str | None:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| the eight experts themselves | | | 100.0 | 100.0 | 700.0 | | 1.00 |",
     ]
-    for name, row in data["rows"].items():
+    order = [name for name in (*STATIC, *TWIN) if name in data["rows"]]
+    for name in order:
+        row = data["rows"][name]
         by = row["protocols"]
         size = row["bytes"]
         extra = (size["experts"] + size["router"]) / size["base"]
         routed = by["routed"]
-        slower = routed["seconds_per_1000_rows"] / routed["seconds_per_1000_rows_plain"]
+        seconds = row["seconds_per_1000_rows"]
+        slower = seconds["routed"] / seconds["plain"]
         lines.append(
             f"| {name} | {percent(routed['normalised'])} | "
             f"{percent(by['known-head']['normalised'])} | {percent(by['oracle']['normalised'])} | "
@@ -66,7 +71,7 @@ def quality() -> str | None:
     }
     layer = {name: row["router"]["layer"] for name, row in data["rows"].items()}
     main = "Twin-Merging, rank 16"
-    plain = next(iter(data["rows"].values()))["protocols"]["routed"]["seconds_per_1000_rows_plain"]
+    plain = data["rows"][main]["seconds_per_1000_rows"]["plain"]
     lines += [
         "",
         f"Normalised score (mean over eight tasks of score / the expert's own score, in %), "

@@ -4,30 +4,36 @@
 
 EXPERTS  a folder with one checkpoint (or adapter) folder per task
 DATA     `<task>/{train,validation,test}.jsonl.gz`
-OUT      the results; rows are added as they are done, and a second run goes on where one stopped
+OUT      the results; rows are added as they are done, a second run goes on where one stopped, and
+         several may work on one table (`--only`)
 
 What is chosen, and on which rows: coefficients of the static merges by the mean normalised score
 with known heads on the first `--choose-rows` validation rows of each task; router layer and epoch
 on a fifth, held out, of the train rows that the router is fitted on. Test rows choose nothing.
+
+Seconds per 1,000 rows are measured batch by batch in turn with a plain model of the same class, so that
+the ratio holds when the machine's speed drifts.
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import random
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from ..artifact.reader import Artifact
 from ..artifact.writer import replace_text
-from ..data import read_tasks, text_of
+from ..data import Encoded, batches, read_tasks, text_of
 from ..errors import InputError
 from ..merging.build import build
 from ..recipe import Recipe, Router
@@ -42,11 +48,14 @@ from .tasks import task_for
 # Weak experts whose normalised score is mostly noise; the mean is given with and without them.
 NOISY = ("rte",)
 
+TIMED_ROWS = 40
+"""Rows of every task on which seconds are measured."""
+
 GRIDS: dict[str, dict[str, list[float]]] = {
     "task_arithmetic": {"weight": [0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]},
     "ties": {"density": [0.2, 0.5, 0.8], "lambda": [0.5, 1.0, 1.5]},
-    "dare_linear": {"density": [0.3, 0.7, 0.9], "weight": [0.2, 0.3, 0.4, 0.5]},
-    "dare_ties": {"density": [0.3, 0.7, 0.9], "weight": [0.2, 0.3, 0.4, 0.5]},
+    "dare_linear": {"density": [0.3, 0.8], "weight": [0.2, 0.3, 0.4]},
+    "dare_ties": {"density": [0.3, 0.8], "weight": [0.2, 0.3, 0.4]},
 }
 
 STATIC: dict[str, str] = {
@@ -113,45 +122,40 @@ class Study:
         build(recipe, folder)
         return folder, time.perf_counter() - started
 
-    def save(self, **parts: Any) -> None:
-        self.results |= parts
-        replace_text(self.out, json.dumps(self.results, indent=1) + "\n")
+    def save(self, part: str, **values: Any) -> None:
+        """Add to one part of the results, in the file as it is now."""
+        with open(self.out.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.results = json.loads(self.out.read_text()) if self.out.is_file() else {}
+            self.results[part] = self.results.get(part, {}) | values
+            replace_text(self.out, json.dumps(self.results, indent=1) + "\n")
 
     # ------------------------------------------------------------------ steps
 
-    def run(self, say: Callable[[str], None]) -> None:
-        settings = self.settings | {"experts": self.names}
-        if self.results.get("settings", settings) != settings:
-            raise InputError(
-                f"{self.out}: holds results of other settings, {self.results['settings']}; now "
-                f"they are {settings}. Give another file."
-            )
-        if "provenance" not in self.results:
-            self.save(settings=settings, provenance=provenance())
+    def run(self, only: list[str], say: Callable[[str], None]) -> None:
+        self.save("settings", **self.settings, experts=self.names)
+        self.save("provenance", **provenance())
         if "experts" not in self.results:
             say("experts on their own rows")
-            self.save(experts=self.score_experts())
-        if "chosen" not in self.results:
-            self.save(chosen={})
-        for method, grid in GRIDS.items():
-            if method not in self.results["chosen"]:
-                say(f"coefficients of {method}")
-                self.save(chosen=self.results["chosen"] | {method: self.choose(method, grid)})
-        if "rows" not in self.results:
-            self.save(rows={})
+            self.save("experts", **self.score_experts())
+        rows = {name: (method, "none") for name, method in STATIC.items()} | TWIN
         routers: dict[str, Path] = {}
-        for name, method in STATIC.items():
-            if name not in self.results["rows"]:
-                say(name)
-                parameters = {"weight": 0.0} if name == "pretrained" else self.best(method)
-                self.row(name, self.recipe(method, "none", parameters), routers, twin=False)
-        for name, (method, rank) in TWIN.items():
-            if name not in self.results["rows"]:
-                say(name)
-                self.row(name, self.recipe(method, rank, self.best(method)), routers, twin=True)
+        for name, (method, rank) in rows.items():
+            if only and name not in only or name in self.results.get("rows", {}):
+                continue
+            parameters = {"weight": 0.0} if name == "pretrained" else self.best(method, say)
+            say(name)
+            row = self.row(name, self.recipe(method, rank, parameters), routers)
+            self.save("rows", **{name: row})
 
-    def best(self, method: str) -> dict[str, float]:
-        return self.results["chosen"].get(method, {}).get("parameters", {})
+    def best(self, method: str, say: Callable[[str], None]) -> dict[str, float]:
+        """The chosen coefficients of a method; chosen now if they are not yet."""
+        if method not in GRIDS:
+            return {}
+        if method not in self.results.get("chosen", {}):
+            say(f"coefficients of {method}")
+            self.save("chosen", **{method: self.choose(method, GRIDS[method])})
+        return self.results["chosen"][method]["parameters"]
 
     def score_experts(self) -> dict[str, Any]:
         """Every expert as a plain model on its own validation and test rows."""
@@ -192,8 +196,9 @@ class Study:
         best = max(tried, key=lambda trial: trial["normalised"])
         return {"parameters": best["parameters"], "tried": tried}
 
-    def row(self, name: str, recipe: Recipe, routers: dict[str, Path], *, twin: bool) -> None:
-        """Build, fit the router, score under the protocols; adds one row to the results."""
+    def row(self, name: str, recipe: Recipe, routers: dict[str, Path]) -> dict[str, Any]:
+        """Build, fit the router, score under the protocols, time."""
+        twin = recipe.exclusive.rank != "none"
         folder, seconds = self.artifact(name, recipe)
         router = self.route(folder, routers)
         model = load(folder, check=False)
@@ -211,6 +216,7 @@ class Study:
         manifest = Artifact(folder, check=False).manifest
         shared = sum(tensor.bytes for tensor in manifest.tensors)
         row = {
+            "commit": provenance()["commit"],
             "method": recipe.merge_method,
             "parameters": dict(recipe.parameters),
             "rank": recipe.exclusive.rank,
@@ -224,10 +230,11 @@ class Study:
             },
             "router": router,
             "protocols": reports,
+            "seconds_per_1000_rows": paired_seconds(model, tasks),
         }
-        self.save(rows=self.results["rows"] | {name: row})
         if folder not in routers.values():
             shutil.rmtree(folder)
+        return row
 
     def route(self, folder: Path, routers: dict[str, Path]) -> dict[str, Any]:
         """Fit the artifact's router, or take that of one with the same shared expert."""
@@ -252,13 +259,28 @@ class Study:
         }
 
     def summary(self, report: Report) -> dict[str, Any]:
-        plain = [both["test"] for both in self.results["experts"].values()]
-        plain_seconds = 1000 * sum(p["seconds"] for p in plain) / sum(p["rows"] for p in plain)
-        return report.to_dict() | {
-            "normalised_without_noisy": report.normalised(without=NOISY),
-            "seconds_per_1000_rows_plain": plain_seconds,
-            "mean_of_experts": fmean(self.reference("test").values()),
-        }
+        return report.to_dict() | {"normalised_without_noisy": report.normalised(without=NOISY)}
+
+
+@torch.inference_mode()
+def paired_seconds(model: TwinModel, tasks: Mapping[str, Prepared]) -> dict[str, float]:
+    """Seconds per 1,000 rows of a plain model and of routed answers, batch by batch in turn.
+
+    On the first rows of every task, mixed, in batches of 32 rows of similar length.
+    """
+    rows = [row for task in tasks.values() for row in task.encoded.rows[:TIMED_ROWS]]
+    mixed = Encoded(random.Random(0).sample(rows, len(rows)), [False] * len(rows))
+    plain = model.merged([0.0] * len(model.experts), head=model.experts[0])
+    seconds = {"plain": 0.0, "routed": 0.0}
+    runs: dict[str, Callable[..., Any]] = {"plain": plain, "routed": model}
+    for number, (_, batch) in enumerate(batches(model.tokenizer, mixed, 32)):
+        for name, run in runs.items():
+            if number == 0:
+                run(**batch)  # warm up
+            started = time.perf_counter()
+            run(**batch)
+            seconds[name] += time.perf_counter() - started
+    return {name: 1000 * took / len(rows) for name, took in seconds.items()}
 
 
 def main(
@@ -273,6 +295,7 @@ def main(
     test_rows: Annotated[int | None, typer.Option(help="Test rows per task; default: all.")] = None,
     router_rows: Annotated[int, typer.Option(help="Train rows per task for the router.")] = 1000,
     max_tokens: Annotated[int, typer.Option(help="Longer rows are cut.")] = 96,
+    only: Annotated[list[str] | None, typer.Option(help="Only this row; may be repeated.")] = None,
     title: Annotated[str, typer.Option(help="What the experts are, for the table.")] = "",
 ) -> None:
     """Experts, static merges and Twin-Merging on the same test rows, under named protocols."""
