@@ -313,6 +313,7 @@ def main(
         study = Study(experts, data, out, base, work or Path(temporary), settings)
         started = time.perf_counter()
         study.run(
+            only or [],
             lambda what: typer.echo(f"{time.perf_counter() - started:6.0f} s  {what}", err=True)
         )
 
