@@ -216,7 +216,11 @@ def main(
         f"{timing['read_and_write_seconds']:.2f} s: {timing['ratio']:.1f}×; peak "
         f"{timing['peak_memory_bytes']:,} of (T + 2) × largest = {timing['memory_bound_bytes']:,}"
     )
-    results = {"provenance": provenance(), "build": timing, "memory": memory_by_depth(depths or [2, 4, 8, 16])}
+    results = {
+        "provenance": provenance(),
+        "build": timing,
+        "memory": memory_by_depth(depths or [2, 4, 8, 16]),
+    }
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -3,8 +3,8 @@
 
     python benchmarks/tables.py [--check]
 
-Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. With `--check` nothing is written and
-the exit code is 1 if the README differs from what the results say; a test runs it so.
+Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. With `--check` nothing is written,
+and the exit code is 1 if the README differs from what the results say; a test runs it so.
 """
 
 from __future__ import annotations
@@ -145,9 +145,11 @@ def building() -> str | None:
         return None
     b = data["build"]
     lines = [
-        f"Building rank {b['rank']} factors of {b['experts']} experts ({b['bytes_read']:,} bytes read, "
-        f"{b['bytes_written']:,} written) takes {b['build_seconds']:.2f} s; only reading and writing "
-        f"as many bytes takes {b['read_and_write_seconds']:.2f} s: **{b['ratio']:.1f}×**. Peak memory "
+        f"Building rank {b['rank']} factors of {b['experts']} experts ({b['bytes_read']:,} bytes "
+        f"read, {b['bytes_written']:,} written) takes {b['build_seconds']:.2f} s; only reading and "
+        "writing "
+        f"as many bytes takes {b['read_and_write_seconds']:.2f} s: **{b['ratio']:.1f}×**. Peak "
+        "memory "
         f"{b['peak_memory_bytes'] / 1e6:.0f} MB; (T + 2) × the largest tensor is "
         f"{b['memory_bound_bytes'] / 1e6:.0f} MB.",
         "",

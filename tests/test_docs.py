@@ -254,3 +254,188 @@ def test_every_block_of_the_quickstart_runs(world, monkeypatch, capsys):
         else:
             assert block.language in ("console", "bash"), f"line {block.line}: what is it for?"
             run_console(block, monkeypatch, capsys)
+
+
+def test_the_example_of_a_new_method_registers_and_merges():
+    (example,) = [
+        b for b in blocks((ROOT / "CONTRIBUTING.md").read_text()) if b.language == "python"
+    ]
+    try:
+        names: dict[str, Any] = {}
+        exec(example.text, names)
+        base, experts = torch.ones(2), torch.tensor([[3.0, 1.0], [1.0, 5.0]])
+        assert names["halfway"](base, experts).tolist() == [2.0, 3.0]
+        assert set(METHODS["halfway"].options) == {"weight", "normalize"}
+    finally:
+        METHODS.pop("halfway", None)
+
+
+# -------------------------------------------------------------------------------------- links
+
+
+def anchors(page: str) -> set[str]:
+    """What GitHub makes of the headings: lower case, blanks to hyphens, other signs dropped."""
+    page = re.sub(r"^```.*?^```$", "", page, flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, heading = target.partition("#")
+        path = (page.parent / name) if name else page
+        assert path.exists(), f"{page.name}: {target}: no such file"
+        if heading and path.suffix == ".md":
+            assert heading in anchors(path.read_text()), f"{page.name}: {target}: no such heading"
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def section(page: str, heading: str) -> str:
+    """The text below one heading, up to the next."""
+    found = re.search(rf"^#+ {re.escape(heading)}$\n(.*?)(?=^#|\Z)", page, re.M | re.S)
+    assert found, f"no heading {heading!r}"
+    return found[1]
+
+
+def table(text: str, first: str) -> list[list[str]]:
+    """Rows, as cells, of the first table whose first column is called `first`."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |")) + 2
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+RECIPE = (DOCS / "recipe.md").read_text()
+FORMAT = (DOCS / "format.md").read_text()
+SECTIONS: dict[str, type[BaseModel]] = {
+    "The top level": Recipe,
+    "models": Expert,
+    "exclusive": Exclusive,
+    "router": Router,
+}
+# Computed where nothing is given: told in words.
+IN_WORDS = {"name", "exclusive", "router"}
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_every_key_of_a_recipe_is_described_with_its_default_and_no_other(heading):
+    fields = SECTIONS[heading].model_fields
+    rows = {quoted(row[0])[0]: row for row in table(section(RECIPE, heading), "key")}
+    assert list(rows) == list(fields)
+    for name, (_, kind, default, meaning) in rows.items():
+        assert kind and meaning
+        if name in IN_WORDS:
+            continue
+        value = fields[name].get_default(call_default_factory=True)
+        if fields[name].is_required():
+            assert default == "required", name
+        else:
+            assert default == ("-" if value is None else f"`{value}`"), name
+
+
+def test_every_merge_method_is_described_with_its_parameters_and_no_other():
+    text = section(RECIPE, "Merge methods")
+    rows = {quoted(row[0])[0]: row for row in table(text, "method")}
+    assert set(rows) == set(METHODS)
+    for name, (_, what, parameters, paper) in rows.items():
+        method = METHODS[name]
+        assert what
+        assert quoted(parameters) == [
+            f"{option.name}: {json.dumps(option.default)}" for option in method.options.values()
+        ]
+        assert f"]({method.paper})" in paper
+    options = {o.name: o for method in METHODS.values() for o in method.options.values()}
+    rows = {quoted(row[0])[0]: row for row in table(text, "parameter")}
+    assert set(rows) == set(options)
+    for name, (_, kind, per_expert, meaning) in rows.items():
+        assert per_expert == ("yes" if options[name].per_expert else "no"), name
+        assert (kind == "true or false") == (options[name].kind is bool), name
+        assert meaning
+
+
+def test_every_key_of_mergekits_that_is_refused_is_named():
+    named = {key for row in table(section(RECIPE, "mergekit's configs"), "key") for key in row[:1]}
+    assert set(REFUSED) <= {key for cell in named for key in quoted(cell)}
+
+
+RECORDS = {
+    record.__name__: record
+    for record in vars(artifact_format).values()
+    if isinstance(record, type)
+    and issubclass(record, BaseModel)
+    and record.__module__ == artifact_format.__name__
+    and not record.__name__.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_field_of_the_manifest_is_described_and_no_other(name):
+    manifest = section(FORMAT, "Manifest")
+    below = manifest if name == "Manifest" else manifest.partition(f"(`{name}`)")[2]
+    assert below, f"no table for {name}"
+    described = [key for row in table(below, "field") for key in quoted(row[0])]
+    assert sorted(described) == sorted(RECORDS[name].model_fields)
+
+
+def test_the_format_names_every_kind_suffix_and_tensor_of_the_router():
+    kinds = [quoted(row[0])[0] for row in table(section(FORMAT, "Tensors"), "kind")]
+    assert kinds == list(artifact_format.Kind.__args__)  # type: ignore[attr-defined]
+    for suffix in (artifact_format.A, artifact_format.B, artifact_format.DELTA):
+        assert f"`<name>{suffix}`" in FORMAT
+    assert f"`<name>{artifact_format.HEAD}`" in FORMAT
+    assert f"Format version {artifact_format.FORMAT_VERSION};" in FORMAT
+    described = [
+        key for row in table(section(FORMAT, "Router"), "tensor") for key in quoted(row[0])
+    ]
+    assert sorted(described) == sorted(RouterMLP(3, 4, 2).state_dict())
+
+
+def tree(text: str) -> dict[str, set[str]]:
+    """Folder -> what is named in it, from indentation; words of a line are in its first folder."""
+    found: dict[str, set[str]] = {}
+    above: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        names = re.findall(r"(?<![\w*/])(?:[\w-]+/)+(?![*\w])|\w+\.py\b", line)
+        indent = len(line) - len(line.lstrip())
+        if not names or not line.strip().startswith(names[0]):
+            continue
+        above = [(i, folder) for i, folder in above if i < indent]
+        parent = above[-1][1] if above else ""
+        for name in names:
+            found.setdefault(parent, set()).add(name)
+            if name.endswith("/"):
+                found.setdefault(parent + name, set())
+                if name == names[0]:
+                    above.append((indent, parent + name))
+                    parent += name
+    return found
+
+
+def test_the_tree_of_the_readme_names_every_module_and_no_other():
+    """A folder with nothing below it stands for all that is in it."""
+    readme = (ROOT / "README.md").read_text()
+    marked = re.search(r"<!-- tree -->(.*?)<!-- /tree -->", readme, re.S)
+    if not marked:
+        pytest.skip("README.md has no tree")
+    named = tree(marked[1])
+    for folder, names in named.items():
+        for name in names:
+            assert (ROOT / folder / name).exists(), f"no {folder}{name}"
+    for path in (ROOT / "twinmerge").rglob("*.py"):
+        folder = f"{path.parent.relative_to(ROOT).as_posix()}/"
+        assert folder in named, f"{folder} is not in the tree"
+        if path.name != "__init__.py" and named[folder]:
+            assert path.name in named[folder], f"{folder}{path.name} is not in the tree"

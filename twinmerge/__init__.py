@@ -46,7 +46,21 @@ _HOME = {
     "load_recipe": "recipe",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "Answer",
+    "Artifact",
+    "Manifest",
+    "Recipe",
+    "TwinMergeError",
+    "TwinModel",
+    "TwinOutput",
+    "__version__",
+    "build",
+    "evaluate",
+    "fit_router",
+    "load",
+    "load_recipe",
+]
 
 
 def __getattr__(name: str) -> Any:

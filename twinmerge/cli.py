@@ -211,8 +211,8 @@ def evaluate(
     from .evaluation.score import PROTOCOLS, evaluate, prepare
     from .runtime.load import load
 
-    asked = protocol or ["routed"]
-    for name in asked:
+    asked = [p for name in protocol or ["routed"] for p in PROTOCOLS if p == name]
+    for name in protocol or []:
         if name not in PROTOCOLS:
             raise InputError(f"--protocol {name}: expected one of {', '.join(PROTOCOLS)}.")
     model = load(out)
@@ -234,14 +234,14 @@ def evaluate(
                 progress("experts", done, len(prepared))
                 plain = expert_model(model, name, base=base)
                 reference[name] = score_plain(model, plain, name, task, batch_size=batch_size).score
-        for name in asked:
+        for each in asked:
 
-            def step(task: str, done: int, total: int, name: str = name) -> None:
-                progress(name, done, total)
+            def step(task: str, done: int, total: int, stage: str = each) -> None:
+                progress(stage, done, total)
 
             reports.append(
                 evaluate(
-                    model, prepared, name, reference=reference, batch_size=batch_size, progress=step
+                    model, prepared, each, reference=reference, batch_size=batch_size, progress=step
                 )
             )
     result = {"artifact": str(out), "split": split, "reports": [r.to_dict() for r in reports]}

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,7 +41,10 @@ ENCODING = "utf-8-sig"
 """UTF-8, with or without the mark that some editors put first."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
+    """What we need of transformers' tokenizers."""
+
     pad_token_id: Any
     pad_token: Any
     eos_token: Any

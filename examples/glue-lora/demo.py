@@ -85,7 +85,7 @@ def main(
         good = hit and right(given, row["label"], model.labels[row["task"]])
         routed, answered = routed + hit, answered + good
         by_task[row["task"]] += hit
-        shown = f"{given:.1f} of 5" if isinstance(given, float) else given
+        shown = f"{given:.1f} of 5" if isinstance(given, float) else str(given)
         table.add_row(
             "✓" if good else "·",
             " | ".join(text_of(row)),
@@ -114,7 +114,9 @@ def main(
         f"instead of {len(experts)})"
     )
     console.print("seconds: " + ", ".join(f"{name} {took:.1f}" for name, took in clock.items()))
-    console.print(f"\nThe folder is {out}. Try: echo 'a gripping , funny film .' | twinmerge run {out}")
+    console.print(
+        f"\nThe folder is {out}. Try: echo 'a gripping , funny film .' | twinmerge run {out}"
+    )
 
 
 if __name__ == "__main__":

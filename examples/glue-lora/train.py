@@ -4,9 +4,9 @@
     python examples/glue-lora/train.py DATA OUT --base BASE [--task cola --task sst2 ...]
 
 DATA  holds `<task>/{train,test}.jsonl.gz`, one JSON object a line, as GLUE names its columns.
-OUT   gets one PEFT adapter folder per task (`adapter_config.json`, `adapter_model.safetensors`, float16)
-      and `<task>/score.json`: scores on the validation and test rows, measured after saving and
-      loading again.
+OUT   gets one PEFT adapter folder per task (`adapter_config.json`, `adapter_model.safetensors` in
+      float16) and `<task>/score.json`: scores on the validation and test rows, measured after
+      saving and loading again.
 
 The last epoch is kept. The learning rate of a task was chosen on its validation rows; test rows are
 read only for the final score. `--score-only` measures adapters that are there already.
@@ -22,6 +22,7 @@ import platform
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -62,7 +63,9 @@ def score(task: str, logits: torch.Tensor, labels: list[float]) -> float:
     """GLUE's own metric of a task; two metrics are averaged."""
     if task == "stsb":
         guess = logits[:, 0].numpy()
-        return float(pearsonr(guess, labels)[0] + spearmanr(guess, labels)[0]) / 2
+        linear: Any = pearsonr(guess, labels)
+        ranked: Any = spearmanr(guess, labels)
+        return float(linear[0] + ranked[0]) / 2
     guess = logits.argmax(-1).tolist()
     if task == "cola":
         return float(matthews_corrcoef(labels, guess))
@@ -78,11 +81,13 @@ def predict(model, tokenizer, rows, columns) -> torch.Tensor:
 
 
 def batches_of(rows: list[dict], columns, size: int, rng: random.Random) -> list[list[dict]]:
-    """Shuffled batches of rows of similar length (sorted within pools of 16 batches): less padding."""
+    """Shuffled batches of rows of similar length (sorted in pools of 16 batches): less padding."""
     rows = rng.sample(rows, len(rows))
     out = []
     for start in range(0, len(rows), size * 16):
-        pool = sorted(rows[start : start + size * 16], key=lambda r: sum(len(r[c]) for c in columns))
+        pool = sorted(
+            rows[start : start + size * 16], key=lambda r: sum(len(r[c]) for c in columns)
+        )
         out += [pool[i : i + size] for i in range(0, len(pool), size)]
     rng.shuffle(out)
     return out
@@ -134,12 +139,15 @@ def train(task: str, data: Path, out: Path, args: argparse.Namespace) -> dict:
             step += 1
             if step % 50 == 0:
                 took = time.perf_counter() - started
-                print(f"{task}: epoch {epoch + 1}/{epochs} step {step}/{steps} "
-                      f"loss {loss.item():.3f} {took:.0f} s", flush=True)
+                print(
+                    f"{task}: epoch {epoch + 1}/{epochs} step {step}/{steps} "
+                    f"loss {loss.item():.3f} {took:.0f} s",
+                    flush=True,
+                )
     seconds = time.perf_counter() - started
     folder = out / task
     model.peft_config["default"].base_model_name_or_path = BASE_NAME
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     weights = folder / "adapter_model.safetensors"
     save_file({k: v.half() for k, v in load_file(weights).items()}, weights, {"format": "pt"})
     (folder / "README.md").unlink(missing_ok=True)
@@ -175,12 +183,16 @@ def measure(task: str, data: Path, folder: Path, args: argparse.Namespace) -> di
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     (folder / "score.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{task}: validation {result['validation_score']}, test {result['test_score']}", flush=True)
+    print(
+        f"{task}: validation {result['validation_score']}, test {result['test_score']}", flush=True
+    )
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--base", default=BASE_NAME, help="folder or hub id of all-MiniLM-L6-v2")

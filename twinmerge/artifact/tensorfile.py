@@ -104,10 +104,8 @@ class TensorFileWriter:
 
 def record(path: Path) -> FileRecord:
     """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:  # Python 3.10
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())

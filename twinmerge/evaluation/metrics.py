@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import InputError, MissingExtra, did_you_mean
 
 
-def _sklearn():
+def _sklearn() -> Any:
     try:
         import sklearn.metrics
     except ImportError:
@@ -28,14 +29,14 @@ def matthews(truth: Sequence[float], guess: Sequence[float]) -> float:
 def accuracy_f1(truth: Sequence[float], guess: Sequence[float]) -> float:
     """Mean of accuracy and the F1 of class 1, as GLUE scores MRPC and QQP."""
     # labels=[1]: a guess may also be -1, "no answer"
-    f1 = float(_sklearn().f1_score(truth, guess, labels=[1], average="macro", zero_division=0.0))
+    f1 = float(_sklearn().f1_score(truth, guess, labels=[1], average="macro", zero_division=0))
     return (accuracy(truth, guess) + f1) / 2
 
 
 def macro_f1(truth: Sequence[float], guess: Sequence[float]) -> float:
     """Mean F1 over the classes that occur in `truth`."""
     classes = sorted(set(truth))
-    f1 = _sklearn().f1_score(truth, guess, labels=classes, average="macro", zero_division=0.0)
+    f1 = _sklearn().f1_score(truth, guess, labels=classes, average="macro", zero_division=0)
     return float(f1)
 
 
@@ -49,7 +50,9 @@ def pearson_spearman(truth: Sequence[float], guess: Sequence[float]) -> float:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # near-constant input: scipy warns and still answers
-        return float(pearsonr(truth, guess)[0] + spearmanr(truth, guess)[0]) / 2
+        linear: Any = pearsonr(truth, guess)
+        ranked: Any = spearmanr(truth, guess)
+    return float(linear[0] + ranked[0]) / 2
 
 
 Metric = Callable[[Sequence[float], Sequence[float]], float]

@@ -11,8 +11,8 @@ What is chosen, and on which rows: coefficients of the static merges by the mean
 with known heads on the first `--choose-rows` validation rows of each task; router layer and epoch
 on a fifth, held out, of the train rows that the router is fitted on. Test rows choose nothing.
 
-Seconds per 1,000 rows are measured batch by batch in turn with a plain model of the same class, so that
-the ratio holds when the machine's speed drifts.
+Seconds per 1,000 rows are measured batch by batch in turn with a plain model of the same class, so
+that the ratio holds when the machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -133,8 +133,15 @@ class Study:
     # ------------------------------------------------------------------ steps
 
     def run(self, only: list[str], say: Callable[[str], None]) -> None:
-        self.save("settings", **self.settings, experts=self.names)
-        self.save("provenance", **provenance())
+        settings = self.settings | {"experts": self.names}
+        if self.results.get("settings", settings) != settings:
+            raise InputError(
+                f"{self.out}: holds results of other settings, {self.results['settings']}; now "
+                f"they are {settings}. Give another file."
+            )
+        if "provenance" not in self.results:  # rows that come later name their own commit
+            self.save("settings", **settings)
+            self.save("provenance", **provenance())
         if "experts" not in self.results:
             say("experts on their own rows")
             self.save("experts", **self.score_experts())
@@ -220,7 +227,6 @@ class Study:
             "method": recipe.merge_method,
             "parameters": dict(recipe.parameters),
             "rank": recipe.exclusive.rank,
-            "commit": provenance()["commit"],
             "build_seconds": seconds,
             "bytes": {
                 "base": shared,
@@ -314,7 +320,7 @@ def main(
         started = time.perf_counter()
         study.run(
             only or [],
-            lambda what: typer.echo(f"{time.perf_counter() - started:6.0f} s  {what}", err=True)
+            lambda what: typer.echo(f"{time.perf_counter() - started:6.0f} s  {what}", err=True),
         )
 
 

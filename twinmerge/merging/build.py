@@ -249,8 +249,10 @@ class _Build:
                 shares[name] = Share(bytes=size, error=0.0)
             return shares
 
+        view = tensor.matrix
+
         def cut(own: Tensor) -> Factors:
-            delta = (own - stored).reshape(tensor.matrix)
+            delta = (own - stored).reshape(*view)
             return factorize(delta, self.plan.cut, tensor.dtype)
 
         factors = self._pool.map(cut, experts)
@@ -265,8 +267,8 @@ class _Build:
         follow from one QR of the stacked factors, and no dense difference is formed.
         """
         assert step.vectors is not None and self._coefficients is not None
-        assert step.tensor.matrix is not None
-        tensor, c = step.tensor, self._coefficients
+        tensor, c, view = step.tensor, self._coefficients, step.tensor.matrix
+        assert view is not None
         held = [(index, v) for index, v in enumerate(step.vectors) if v is not None]
         owner = torch.cat([torch.full((v.a.shape[0],), index) for index, v in held])
         a = torch.cat([v.a for _, v in held])
@@ -280,7 +282,7 @@ class _Build:
         shares = {}
         for index, (name, writer) in enumerate(self._experts.items()):
             mine = product.svd((owner == index).double() - c[owner])
-            factors = factorize_svd(mine, self.plan.cut, tensor.matrix, tensor.dtype)
+            factors = factorize_svd(mine, self.plan.cut, view, tensor.dtype)
             shares[name] = _write(writer, tensor.name, factors)
         return shares
 
@@ -356,8 +358,8 @@ class _Build:
             theirs = _vocabulary(folder) if ours is not None and folder.is_dir() else None
             if theirs is not None and theirs != ours:
                 warnings.append(
-                    f"expert '{expert.name}': its tokenizer has another vocabulary than the base's; "
-                    "the artifact has the base's."
+                    f"expert '{expert.name}': its tokenizer has another vocabulary than the "
+                    "base's; the artifact has the base's."
                 )
         return warnings
 

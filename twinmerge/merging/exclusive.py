@@ -128,7 +128,9 @@ def factorize_svd(
 
 def _split(found: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     root = found.s.sqrt()
-    return (root[:, None] * found.vh).to(dtype).contiguous(), (found.u * root).to(dtype).contiguous()
+    return (root[:, None] * found.vh).to(dtype).contiguous(), (found.u * root).to(
+        dtype
+    ).contiguous()
 
 
 def _none(out: int, in_: int, dtype: torch.dtype, error: float) -> Factors:

@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
 # Subspace iteration pays when the rank is well below the short side of the matrix.
 ITERATE_BELOW_SHARE = 0.125
 OVERSAMPLE = 10
@@ -77,7 +79,7 @@ def _dense(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for dtype in (matrix.dtype, torch.float64):
         try:
             parts = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
         if all(bool(torch.isfinite(part).all()) for part in parts):
             return tuple(part.to(matrix.dtype) for part in parts)  # type: ignore[return-value]
@@ -140,7 +142,7 @@ def _iterate(matrix: Tensor, rank: int) -> SVD | None:
         # Singular values of the image: those of the small triangle.
         try:
             u, s, vh = torch.linalg.svd(triangle, full_matrices=False)
-        except torch.linalg.LinAlgError:  # it failed, or a product overflowed
+        except LinAlgError:  # it failed, or a product overflowed
             return None
         error = float(energy - s[:rank].double().square().sum())
         if before - error <= CONVERGED * max(error, 1e-9 * float(energy)):

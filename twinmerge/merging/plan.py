@@ -283,8 +283,7 @@ def _configs(
             config = {
                 key: expert.config[key]
                 for key in _LABELS
-                if expert.config.get(key) is not None
-                and expert.config[key] != base.config.get(key)
+                if expert.config.get(key) is not None and expert.config[key] != base.config.get(key)
             }
             for key in sorted(set(expert.config) & set(base.config)):
                 ours, theirs = base.config[key], expert.config[key]

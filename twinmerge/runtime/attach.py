@@ -168,20 +168,22 @@ def _replace(model: nn.Module, path: str, site: _Site) -> None:
     kind = type(module)
     known = set(patches) <= {"weight", "bias"}
     new: nn.Module
-    if kind is nn.Linear and known and not isinstance(weight, Whole):
+    if type(module) is nn.Linear and known and not isinstance(weight, Whole):
         new = TwinLinear(module, weight, _whole(bias), path)
-    elif kind is Conv1D and known and not isinstance(weight, Whole):
+    elif type(module) is Conv1D and known and not isinstance(weight, Whole):
         new = TwinConv1D(module, weight, _whole(bias), path)
     elif _is_table(module) and kind is nn.Embedding and isinstance(weight, Stacked):
         new = TwinEmbedding(module, weight, path)
     elif _is_table(module) and isinstance(weight, Stacked) and len(patches) == 1:
         new = TwinLookup(module, weight, path)
-    elif kind is nn.LayerNorm and known and len(module.normalized_shape) == 1:
+    elif type(module) is nn.LayerNorm and known and len(module.normalized_shape) == 1:
         new = TwinLayerNorm(module, _whole(weight), _whole(bias), path)
     elif isinstance(module, _CONVOLUTIONS) and known and not isinstance(weight, Whole):
         new = TwinConv(module, weight, _whole(bias), path)
     elif _is_elementwise(module, patches):
-        new = TwinElementwise(module, {k: v for k, v in patches.items() if isinstance(v, Whole)}, path)
+        new = TwinElementwise(
+            module, {k: v for k, v in patches.items() if isinstance(v, Whole)}, path
+        )
     else:
         for attribute, patch in patches.items():
             where = f"{path}.{attribute}" if path else attribute
@@ -231,7 +233,10 @@ def _is_elementwise(module: nn.Module, patches: dict[str, Patch]) -> bool:
 
 
 def attach_heads(
-    model: nn.Module, skeletons: dict[str, nn.Module], artifact: Artifact, roots: dict[str, list[str]]
+    model: nn.Module,
+    skeletons: dict[str, nn.Module],
+    artifact: Artifact,
+    roots: dict[str, list[str]],
 ) -> None:
     """Put a `HeadSwitch` at every root, filled with each expert's own head.
 

@@ -10,7 +10,7 @@ import copy
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..artifact.reader import Artifact
@@ -34,7 +34,7 @@ class DenseMerge:
         records = [record for record in artifact.manifest.tensors if differs(record)]
         self.twin = twin
         self.model: PreTrainedModel = load_shared(artifact, twin.dtype).eval().requires_grad_(False)
-        self.model.to(twin.device)
+        nn.Module.to(self.model, twin.device)
         names = body_names(self.model, artifact.manifest)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.targets = {record.name: parameters[names[record.name]] for record in records}
@@ -62,7 +62,9 @@ class DenseMerge:
             torch.add(work, update.view(work.shape), out=target)
         return self.with_head(weights, head)
 
-    def with_head(self, weights: Float[Tensor, " expert"], head: str | None = None) -> PreTrainedModel:
+    def with_head(
+        self, weights: Float[Tensor, " expert"], head: str | None = None
+    ) -> PreTrainedModel:
         """The model as its weights are, with the head of `head` or of the highest weight."""
         for path, switch in self._switches.items():
             parent, _, attribute = path.rpartition(".")

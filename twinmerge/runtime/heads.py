@@ -25,8 +25,8 @@ class HeadSwitch(nn.Module):
         routing = current()
         if routing is None or routing.head is None:
             raise InputError(
-                f"{self.where}: no head was chosen. Call the TwinModel, not the model inside it, or "
-                "say which expert's head to use (head= or task=)."
+                f"{self.where}: no head was chosen. Call the TwinModel, not the model inside it, "
+                "or say which expert's head to use (head= or task=)."
             )
         head = routing.head
         chosen = head.unique().tolist()
@@ -96,4 +96,3 @@ def head_roots(heads: list[str], body: set[str]) -> dict[str, list[str]]:
             )
         roots.setdefault(".".join(parts[:depth]), []).append(name)
     return roots
-

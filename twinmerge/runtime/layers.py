@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedModel
 from .routing import current
 
+STATIC_INSTEAD = "Build a static merge instead (exclusive: {rank: none})."
+
 
 @dataclass(frozen=True)
 class Stacked:
@@ -242,8 +244,7 @@ class TwinLookup(_Wrapping):
         if not exact:
             raise UnsupportedModel(
                 f"{self.where}: {type(inner).__name__} is not linear in its table, so its rows "
-                "cannot have weights of their own. Use model.merged(weights), one weighting for "
-                "all rows."
+                "cannot have weights of their own. " + STATIC_INSTEAD
             )
 
 
@@ -342,7 +343,7 @@ class TwinElementwise(_Wrapping):
             raise UnsupportedModel(
                 f"{self.where}: {type(self.inner).__name__} is not affine in its vectors "
                 f"{self.attributes} entry by entry, so its rows cannot have weights of their own. "
-                "Use model.merged(weights), one weighting for all rows."
+                + STATIC_INSTEAD
             )
 
 
@@ -369,8 +370,8 @@ class TwinConv(_Wrapping):
         self.inner, self.where = inner, where
         if inner.groups != 1:
             raise UnsupportedModel(
-                f"{where}: a grouped convolution (groups={inner.groups}) cannot be run exactly from "
-                "the factors of its whole kernel. Use model.merged(weights)."
+                f"{where}: a grouped convolution (groups={inner.groups}) cannot be run exactly "
+                "from the factors of its whole kernel. " + STATIC_INSTEAD
             )
         self.factored, self.shifted = weight is not None, bias is not None
         if weight is not None:
@@ -404,12 +405,17 @@ class TwinParameter(nn.Module):
     Used as a parametrisation: reading the attribute gives (batch, ...) under a routing.
     """
 
+    a: Tensor
+    b: Tensor
+    owner: Tensor
+    delta: Tensor
+
     def __init__(self, shape: torch.Size, patch: Patch, where: str):
         super().__init__()
         if len(shape) < 2 or shape[0] != 1:
             raise UnsupportedModel(
                 f"{where}: a bare parameter of shape {tuple(shape)} has no leading axis of 1 along "
-                "which rows could differ. Use model.merged(weights)."
+                "which rows could differ. " + STATIC_INSTEAD
             )
         if isinstance(patch, Stacked):
             self.register_buffer("a", patch.a, persistent=False)
@@ -424,8 +430,8 @@ class TwinParameter(nn.Module):
             return original
         weights = routing.weights.to(original.dtype)
         if hasattr(self, "delta"):
-            mixed = weights @ self.delta.flatten(1)  # type: ignore[operator]
+            mixed = weights @ self.delta.flatten(1)
         else:
-            scaled = self.b[None] * weights[:, self.owner][:, None, :]  # type: ignore[index]
+            scaled = self.b[None] * weights[:, self.owner][:, None, :]
             mixed = scaled @ self.a
         return original + mixed.view(len(weights), *original.shape[1:])

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..artifact.format import Manifest, RouterRecord
 from ..errors import InputError, RouterError, did_you_mean
@@ -273,7 +273,9 @@ class TwinModel(nn.Module):
         everything that `generate` takes. Raises `InputError` if the task model cannot generate.
         """
         if not self.can_generate:
-            raise InputError(f"{type(self.model).__name__} cannot generate; call the model instead.")
+            raise InputError(
+                f"{type(self.model).__name__} cannot generate; call the model instead."
+            )
         config = inputs.get("generation_config") or self.model.generation_config
 
         def setting(name: str) -> int:
