@@ -1,4 +1,4 @@
-"""The command line: results on stdout, everything else on stderr, a mistake is one message and 1."""
+"""The command line: results on stdout, all else on stderr, a mistake is one message and code 1."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def test_merge_builds_what_the_recipe_says_with_paths_beside_it(call, bench, tmp
     assert done.json["router"] is None and done.json["merge_method"] == "linear"
     sizes = done.json["bytes"]
     assert sizes["experts"] == sum(e.bytes for e in manifest.experts)
-    assert sizes["all"] == sum(
-        (tmp_path / "out" / name).stat().st_size for name in manifest.files
-    )
+    assert sizes["all"] == sum((tmp_path / "out" / name).stat().st_size for name in manifest.files)
 
 
 def test_merge_prints_a_table_for_people(call, bench, tmp_path):
@@ -221,7 +219,9 @@ def test_a_wrong_option_of_fit_router_is_one_message(words, message, fails, benc
 
 
 def mixed(count: int = 3) -> list[tuple[str, ...]]:
-    return [text for row in zip(*(sentences(n, count, 9) for n in EXPERTS), strict=True) for text in row]
+    return [
+        text for row in zip(*(sentences(n, count, 9) for n in EXPERTS), strict=True) for text in row
+    ]
 
 
 def test_run_answers_every_line_in_its_order(call, bench, tmp_path):
@@ -230,7 +230,9 @@ def test_run_answers_every_line_in_its_order(call, bench, tmp_path):
     file.write_text("\n\n".join("\t".join(text) for text in texts) + "\n")
     done = call("run", bench.routed, file, "--batch-size", 2)
     assert done.code == 0
-    assert [tuple(line[k] for k in ("text", "text_pair") if k in line) for line in done.lines] == texts
+    assert [
+        tuple(line[k] for k in ("text", "text_pair") if k in line) for line in done.lines
+    ] == texts
     for line in done.lines:
         best = max(line["weights"], key=line["weights"].get)
         assert line["expert"] == best and line["weight"] == line["weights"][best]
@@ -263,7 +265,9 @@ def test_task_uses_that_expert_for_every_row(call, bench):
     stdin = "".join("\t".join(text) + "\n" for text in mixed()).encode()
     lines = call("run", bench.plain, "--task", "code", stdin=stdin).lines  # no router needed
     assert {line["expert"] for line in lines} == {"code"}
-    assert all(line["weights"] == {"code": 1.0} and line["answer"] in LABELS["code"] for line in lines)
+    assert all(
+        line["weights"] == {"code": 1.0} and line["answer"] in LABELS["code"] for line in lines
+    )
 
 
 def test_a_cut_row_says_so(call, bench):
@@ -457,7 +461,9 @@ def test_the_installed_program_keeps_progress_off_stdout_and_tracebacks_away(ben
     assert done.returncode == 0 and done.stderr == b""
     assert json.loads(done.stdout)["text"] == "math1 Bär"
     done = shell("inspect", "/nowhere")
-    assert done.returncode == 1 and done.stdout == b"" and done.stderr.startswith(b"error: /nowhere")
+    assert (
+        done.returncode == 1 and done.stdout == b"" and done.stderr.startswith(b"error: /nowhere")
+    )
 
 
 def test_a_mistake_of_ours_is_a_traceback(monkeypatch, bench):

@@ -417,8 +417,10 @@ def _router(**options):
     return Router(**options)
 
 
-def test_a_study_writes_one_row_a_method_with_all_that_a_table_needs(study, bench):
+def test_a_study_writes_one_row_a_method_and_names_no_folder_of_the_machine(study):
     results = study()
+    text = study.out.read_text()
+    assert str(study.folder) not in text and "/tmp" not in text
     assert results["settings"]["experts"] == ["code", "math"]
     assert set(results["rows"]) == {*studying.STATIC, *studying.TWIN}
     tried = results["chosen"]["task_arithmetic"]["tried"]
@@ -457,12 +459,6 @@ def test_a_pretrained_row_scores_the_base_with_the_experts_heads(study, bench):
         assert torch.equal(pretrained.model.state_dict()[f"bert.{name}"], value), name
 
 
-def test_results_name_no_folder_of_the_machine(study):
-    study()
-    text = study.out.read_text()
-    assert str(study.folder) not in text and "/tmp" not in text
-
-
 def test_a_second_run_adds_nothing_and_an_interrupted_one_goes_on(study, monkeypatch):
     class Cut(Exception):
         pass
@@ -490,7 +486,7 @@ def test_a_second_run_adds_nothing_and_an_interrupted_one_goes_on(study, monkeyp
 
 
 def test_results_of_other_settings_are_not_mixed_in(study):
-    study()
+    study.out.write_text(json.dumps({"settings": {"title": "tiny", "max_tokens": 24}}))
     with pytest.raises(InputError, match="holds results of other settings"):
         study(max_tokens=12)
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from twinmerge.errors import RecipeError
+from twinmerge.merging.plan import cut_of
 from twinmerge.merging.shared import METHODS, get
 from twinmerge.recipe import Exclusive, Expert, Recipe, default_name, load_recipe
 
@@ -227,11 +228,11 @@ def test_paths_are_looked_up_beside_the_recipe_only_where_they_exist(tmp_path):
         (Exclusive(rank="0.1%"), (64, 64), 1),
         (Exclusive(rank="full"), (5, 7), 5),
         (Exclusive(rank="none"), (5, 7), 0),
-        (Exclusive(energy=0.5), (5, 7), None),
+        (Exclusive(energy=0.5), (5, 7), 5),  # at most: the energy decides
     ],
 )
 def test_a_rank_is_a_number_of_directions_of_the_matrix(exclusive, shape, rank):
-    assert exclusive.rank_of(*shape) == rank
+    assert cut_of(exclusive).limit(*shape) == rank
 
 
 @pytest.mark.parametrize(

@@ -165,21 +165,6 @@ class Exclusive(_Model):
         if self.energy is not None:
             object.__setattr__(self, "rank", None)
 
-    def rank_of(self, out: int, in_: int) -> int | None:
-        """How many directions of an (out, in) matrix are kept: 0 for none, None if energy decides.
-
-        A share is rounded down, but is at least 1; a rank larger than the matrix has is full.
-        """
-        largest = min(out, in_)
-        if self.rank is None:
-            return None
-        if isinstance(self.rank, int):
-            return min(self.rank, largest)
-        if self.rank in ("full", "none"):
-            return largest if self.rank == "full" else 0
-        # rounded first: 0.29 * 100 is 28.999999999999996
-        return min(largest, max(1, math.floor(round(_percent(self.rank) * largest / 100, 9))))
-
 
 class Router(_Model):
     """How `fit-router` trains."""
@@ -455,6 +440,8 @@ def _sum_problems(
 ) -> Iterator[str]:
     """Weights that cannot be normalised."""
     options = method.options
+    if not {"weight", "normalize"} <= set(options):
+        return
     default = shared.get("weight", options["weight"].default)
     weights: list[float] = []
     for expert in experts:

@@ -51,7 +51,8 @@ class TensorRecord(_Record):
     kind: Kind
     shape: tuple[int, ...]
     dtype: str
-    """As stored in the shared expert ('float32', ...); of a head: as the first expert stores it."""
+    """As stored in the shared expert ('float32', ...); of a head: the dtype that holds all
+    experts' heads without loss."""
     bytes: int
     """In the shared expert; 0 for heads and for the second name of a tied tensor."""
     matrix: tuple[int, int] | None = None

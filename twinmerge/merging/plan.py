@@ -18,7 +18,7 @@ import torch
 from ..artifact.format import DELTA, HEAD, A, B, Kind
 from ..checkpoint import Checkpoint, Expert, TensorInfo, check_shapes, open_expert, some
 from ..errors import CheckpointError, MissingTensor, UnsupportedCheckpoint
-from ..recipe import Recipe
+from ..recipe import Exclusive, Recipe
 from .exclusive import Cut, matrix_shape
 
 # What a config.json may say otherwise than the base's without changing what the weights mean.
@@ -172,7 +172,7 @@ def make_plan(recipe: Recipe) -> Plan:
         base=base,
         experts=experts,
         tensors=tensors,
-        cut=_cut(recipe),
+        cut=cut_of(recipe.exclusive),
         model_class=model_class,
         configs=configs,
         outputs={expert.name: _outputs(expert, heads) for expert in experts},
@@ -180,8 +180,8 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def _cut(recipe: Recipe) -> Cut:
-    exclusive = recipe.exclusive
+def cut_of(exclusive: Exclusive) -> Cut:
+    """What the recipe's `exclusive` section keeps of each matrix."""
     if exclusive.energy is not None:
         return Cut(energy=exclusive.energy)
     if isinstance(exclusive.rank, int):
