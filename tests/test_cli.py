@@ -17,7 +17,7 @@ import torch
 import yaml
 from texts import EXPERTS, LABELS, as_row, sentences, write_rows
 
-from twinmerge import cli
+from twinmerge import cli, show
 from twinmerge.artifact.reader import Artifact
 from twinmerge.data import read_rows
 
@@ -356,8 +356,16 @@ def test_eval_scores_every_protocol_as_the_library_does(call, bench):
 
 
 def test_eval_normalises_by_the_experts_themselves(call, bench, monkeypatch):
-    monkeypatch.chdir(bench.folder)  # where the recipe's relative paths lead
-    done = call("eval", bench.routed, bench.data, "--experts", "--json", "--protocol", "oracle")
+    done = call(
+        "eval",
+        bench.routed,
+        bench.data,
+        "--experts",
+        bench.recipe,
+        "--json",
+        "--protocol",
+        "oracle",
+    )
     report = done.json["reports"][0]
     assert report["tasks"]["math"]["expert"] == pytest.approx(10 / 12)
     ratios = [task["score"] / task["expert"] for task in report["tasks"].values()]
@@ -366,21 +374,23 @@ def test_eval_normalises_by_the_experts_themselves(call, bench, monkeypatch):
 
 def test_eval_prints_a_table_for_people(call, bench, monkeypatch):
     monkeypatch.chdir(bench.folder)
-    done = call("eval", bench.routed, bench.data, "--experts", "--rows", 6, "--max-tokens", 10)
+    done = call(
+        "eval", bench.routed, bench.data, "--experts", bench.recipe, "--rows", 6, "--max-tokens", 10
+    )
     assert "protocol: routed" in done.out and "normalised" in done.out
     assert "rows were cut to fit" in done.err and "routed right" in done.out
 
 
-def test_an_expert_that_scores_nothing_ends_in_no_division_by_zero(
-    call, bench, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(bench.folder)
+def test_an_expert_that_scores_nothing_ends_in_no_division_by_zero(call, bench, tmp_path):
     data = shutil.copytree(bench.data, tmp_path / "data")
     rows = [r for i, r in enumerate(read_rows(data / "math" / "test.jsonl")) if i % 5 == 4]
     write_rows(data / "math" / "test.jsonl", rows)  # the rows that it gets wrong
-    done = call("eval", bench.routed, data, "--experts", "--protocol", "oracle")
+    asked = ("eval", bench.routed, data, "--experts", bench.recipe, "--protocol", "oracle")
+    done = call(*asked)
     assert done.code == 0 and "normalised " not in done.out.splitlines()[-1]
-    again = call("eval", bench.routed, data, "--experts", "--protocol", "oracle", "--json")
+    again = call(
+        "eval", bench.routed, data, "--experts", bench.recipe, "--protocol", "oracle", "--json"
+    )
     assert again.json["reports"][0]["normalised"] is None
 
 
@@ -470,7 +480,7 @@ def test_a_mistake_of_ours_is_a_traceback(monkeypatch, bench):
     def broken(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "_summary", broken)
+    monkeypatch.setattr(show, "summarise", broken)
     monkeypatch.setattr(sys, "argv", ["twinmerge", "inspect", str(bench.plain)])
     with pytest.raises(KeyError, match="a bug"):
         cli.main()

@@ -19,7 +19,7 @@ from texts import EXPERTS, save_tokenizer, write_rows
 from tiny import adapter, inherit, merge, merged_folder, opened, perturb, save
 
 from twinmerge.data import encode, pad, read_rows, read_tasks, text_of
-from twinmerge.errors import CheckpointError, InputError, MissingExtra
+from twinmerge.errors import CheckpointError, InputError, MissingExtra, RecipeError
 from twinmerge.evaluation import study as studying
 from twinmerge.evaluation.metrics import METRICS, metric
 from twinmerge.evaluation.provenance import provenance
@@ -35,6 +35,7 @@ from twinmerge.evaluation.score import (
 )
 from twinmerge.evaluation.tasks import Task, task_for
 from twinmerge.evaluation.tasks.glue import GLUE
+from twinmerge.recipe import Recipe
 from twinmerge.runtime.load import load
 
 # ------------------------------------------------------------------------------------ metrics
@@ -223,7 +224,7 @@ def test_the_oracle_of_a_full_rank_merge_scores_as_the_experts_do(bench, tmp_pat
     rows, _ = read_tasks(bench.data, EXPERTS, "test")
     prepared = prepare(model, rows)
     reference = {
-        name: score_plain(model, expert_model(model, name), name, task).score
+        name: score_plain(model, expert_model(model, name, recipe_of(model)), name, task).score
         for name, task in prepared.items()
     }
     got = evaluate(model, prepared, "oracle", reference=reference)
@@ -309,13 +310,21 @@ def test_rows_cut_to_the_limit_are_counted_in_the_score(bench):
 # -------------------------------------------------------------------------- the experts themselves
 
 
+def recipe_of(model, **moved: str) -> Recipe:
+    """The recipe that a model was built from, experts in other places if given."""
+    data = json.loads(json.dumps(model.manifest.recipe))
+    for entry in data["models"]:
+        entry["model"] = moved.get(entry["name"], entry["model"])
+    return Recipe.model_validate(data)
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_an_expert_model_gives_the_checkpoints_own_outputs(name, bench):
     model = bench.model
     batch = pad(model.tokenizer, encode(model.tokenizer, [("math1 law2",), ("code1",)], 40).rows)
     with torch.no_grad():
         want = bench.made.expert(name)(**batch).logits
-        got = expert_model(model, name)(**batch).logits
+        got = expert_model(model, name, recipe_of(model))(**batch).logits
     assert torch.equal(got, want)
 
 
@@ -351,25 +360,33 @@ def test_the_expert_of_an_adapter_gives_what_peft_gives(name, lora, bench):
     plain = opened(bench.family.task, merged_folder(str(lora / name)))
     with torch.no_grad():
         want = plain(**batch).logits
-        got = expert_model(model, name)(**batch).logits
+        got = expert_model(model, name, recipe_of(model))(**batch).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_an_expert_that_moved_is_found_where_one_says(bench, tmp_path):
     moved = shutil.copytree(bench.made.experts["math"], tmp_path / "moved")
-    plain = expert_model(bench.model, "math", reference=str(moved), base=bench.made.base)
+    recipe = recipe_of(bench.model, math=str(moved))
+    plain = expert_model(bench.model, "math", recipe, base=bench.made.base)
     assert plain.num_labels == 2
 
 
 def test_an_expert_that_is_gone_is_an_error_that_names_its_folder(bench, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
-        expert_model(bench.model, "math", reference=str(tmp_path / "nowhere"))
+        expert_model(bench.model, "math", recipe_of(bench.model, math=str(tmp_path / "nowhere")))
+
+
+def test_a_recipe_of_another_artifact_is_told(bench):
+    recipe = recipe_of(bench.model)
+    other = recipe.model_copy(update={"models": recipe.models[1:]})
+    with pytest.raises(RecipeError, match="no expert 'math'"):
+        expert_model(bench.model, "math", other)
 
 
 def test_a_plain_model_is_scored_on_its_rows_in_any_batch_size(bench):
     model, rows = bench.model, read_rows(bench.data / "code" / "test.jsonl.gz")
     task = prepare(model, {"code": rows})["code"]
-    plain = expert_model(model, "code")
+    plain = expert_model(model, "code", recipe_of(model))
     scores = [score_plain(model, plain, "code", task, batch_size=size) for size in (1, 5, 99)]
     assert {score.score for score in scores} == {10 / 12}
     assert scores[0].routing_accuracy is None and scores[0].rows == 12

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from . import show
 from .errors import InputError, TwinMergeError
 
 app = typer.Typer(
@@ -62,14 +63,15 @@ def merge(
         written = written.model_copy(update={"base_model": base})
         resolved = resolved.model_copy(update={"base_model": base})
     if dry_run:
-        from .artifact.writer import check_target
+        from .artifact.writer import check_space, check_target
         from .merging.plan import make_plan
 
-        plan = make_plan(resolved)
         check_target(out)
+        plan = make_plan(resolved)
         summary = plan.summary()
+        check_space(out, plan.disk_bytes())
         plan.close()
-        _print(summary, as_json, _dry_run_text)
+        show.print_result(summary, as_json, show.dry_run_text)
         return
     from .merging.build import build
 
@@ -77,9 +79,9 @@ def merge(
         manifest = build(
             resolved, out, written=written, shard_bytes=max_shard_bytes, progress=progress
         )
-    for warning in manifest.warnings:
+    for warning in manifest.warnings if as_json else ():
         typer.echo(f"warning: {warning}", err=True)
-    _print(_summary(manifest, out), as_json, _inspect_text)
+    show.print_result(show.summarise(manifest, out), as_json, show.inspect_text)
 
 
 @app.command()
@@ -125,7 +127,7 @@ def fit_router(
         fitted = fit(
             out, texts, _checked(Router, settings), max_tokens=max_tokens, progress=progress
         )
-    _print(fitted.model_dump(mode="json"), as_json, _router_text)
+    show.print_result(fitted.model_dump(mode="json"), as_json, show.router_text)
 
 
 @app.command()
@@ -170,7 +172,9 @@ def run(
             progress=progress,
         )
         for row, result in zip(rows, results, strict=True):
-            typer.echo(json.dumps(row | result, ensure_ascii=False))
+            # A column of the input that is called as one of ours is kept under another name.
+            kept = {f"input_{key}" if key in result else key: row[key] for key in row}
+            typer.echo(json.dumps(kept | result, ensure_ascii=False))
 
 
 @app.command("eval")
@@ -187,11 +191,15 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Which file of EXPERT/ to read.")] = "test",
     experts: Annotated[
-        bool,
-        typer.Option("--experts", help="Also score the experts themselves: normalised scores."),
-    ] = False,
+        Path | None,
+        typer.Option(
+            help="The recipe that OUT was built from: also score its experts themselves, which "
+            "gives normalised scores.",
+            metavar="RECIPE",
+        ),
+    ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Where the base model is, for --experts.")
+        str | None, typer.Option(help="With --experts: where the base is, if not as in RECIPE.")
     ] = None,
     rows: Annotated[int | None, typer.Option(help="First rows of every task only.", min=1)] = None,
     columns: Columns = None,
@@ -208,10 +216,11 @@ def evaluate(
     """
     from .data import read_tasks
     from .evaluation.reference import expert_model, score_plain
-    from .evaluation.score import PROTOCOLS, evaluate, prepare
+    from .evaluation.score import PROTOCOLS, Protocol, evaluate, prepare
+    from .recipe import load_recipe
     from .runtime.load import load
 
-    asked = [p for name in protocol or ["routed"] for p in PROTOCOLS if p == name]
+    asked: list[Protocol] = [p for name in protocol or ["routed"] for p in PROTOCOLS if p == name]
     for name in protocol or []:
         if name not in PROTOCOLS:
             raise InputError(f"--protocol {name}: expected one of {', '.join(PROTOCOLS)}.")
@@ -228,24 +237,25 @@ def evaluate(
     reports = []
     with _stages(quiet) as progress:
         reference = None
-        if experts:
+        if experts is not None:
             reference = {}
+            recipe = load_recipe(experts).resolved(experts.parent)
             for done, (name, task) in enumerate(prepared.items()):
                 progress("experts", done, len(prepared))
-                plain = expert_model(model, name, base=base)
+                plain = expert_model(model, name, recipe, base=base)
                 reference[name] = score_plain(model, plain, name, task, batch_size=batch_size).score
         for each in asked:
-
-            def step(task: str, done: int, total: int, stage: str = each) -> None:
-                progress(stage, done, total)
-
-            reports.append(
-                evaluate(
-                    model, prepared, each, reference=reference, batch_size=batch_size, progress=step
-                )
+            report = evaluate(
+                model,
+                prepared,
+                each,
+                reference=reference,
+                batch_size=batch_size,
+                progress=lambda _, done, total, stage=each: progress(stage, done, total),
             )
+            reports.append(report)
     result = {"artifact": str(out), "split": split, "reports": [r.to_dict() for r in reports]}
-    _print(result, as_json, _eval_text)
+    show.print_result(result, as_json, show.eval_text)
 
 
 @app.command()
@@ -259,207 +269,12 @@ def inspect(
     from .artifact.reader import Artifact
 
     manifest = Artifact(out, check=check).manifest
-    summary = _summary(manifest, out)
+    summary = show.summarise(manifest, out)
     if as_json and tensors:
         summary["tensors"] = [record.model_dump(mode="json") for record in manifest.tensors]
-    _print(summary, as_json, _inspect_text)
+    show.print_result(summary, as_json, show.inspect_text)
     if tensors and not as_json:
-        _print_tensors(manifest)
-
-
-# ---------------------------------------------------------------------------------- printing
-
-
-def _print(result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        text(result)
-
-
-def _summary(manifest: Any, out: Path) -> dict[str, Any]:
-    shared = sum(tensor.bytes for tensor in manifest.tensors)
-    ranks = {
-        expert.name: [
-            share.rank
-            for tensor in manifest.tensors
-            if (share := tensor.experts.get(expert.name)) and share.rank is not None
-        ]
-        for expert in manifest.experts
-    }
-    errors = {
-        expert.name: [
-            share.error
-            for tensor in manifest.tensors
-            if tensor.kind == "matrix" and (share := tensor.experts.get(expert.name))
-        ]
-        for expert in manifest.experts
-    }
-    return {
-        "artifact": str(out),
-        "base": manifest.base,
-        "model_class": manifest.model_class,
-        "merge_method": manifest.recipe.get("merge_method"),
-        "bytes": {
-            "shared": shared,
-            "experts": sum(expert.bytes for expert in manifest.experts),
-            "router": manifest.router.bytes if manifest.router else 0,
-            "all": sum(record.bytes for record in manifest.files.values()),
-        },
-        "experts": [
-            {
-                "name": expert.name,
-                "reference": expert.reference,
-                "kind": "LoRA" if expert.adapter else "full",
-                "bytes": expert.bytes,
-                "share_of_base": expert.bytes / shared,
-                "max_rank": max(ranks[expert.name], default=0),
-                "mean_relative_error": (
-                    sum(errors[expert.name]) / len(errors[expert.name])
-                    if errors[expert.name]
-                    else None
-                ),
-                "drift": expert.drift,
-            }
-            for expert in manifest.experts
-        ],
-        "router": None
-        if manifest.router is None
-        else {
-            key: getattr(manifest.router, key)
-            for key in ("layer", "held_out_accuracy", "held_out_rows", "bytes")
-        },
-        "warnings": list(manifest.warnings),
-    }
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
-
-
-def _inspect_text(result: dict[str, Any]) -> None:
-    size = result["bytes"]
-    typer.echo(
-        f"{result['artifact']}: {len(result['experts'])} experts of {result['base']} "
-        f"({result['model_class']}, shared expert by {result['merge_method']})"
-    )
-    _table(
-        "",
-        ["expert", "kind", "bytes", "of base", "max rank", "mean error", "drift"],
-        [
-            [
-                expert["name"],
-                expert["kind"],
-                f"{expert['bytes']:,}",
-                f"{expert['share_of_base']:.2%}",
-                str(expert["max_rank"]),
-                "-" if (e := expert["mean_relative_error"]) is None else f"{e:.3f}",
-                f"{expert['drift']:.4f}",
-            ]
-            for expert in result["experts"]
-        ],
-    )
-    typer.echo(
-        f"\nbytes: shared {size['shared']:,}, experts {size['experts']:,}, router "
-        f"{size['router']:,}, whole folder {size['all']:,}"
-    )
-    router = result["router"]
-    if router is None:
-        typer.echo("router: none yet; fit one with 'twinmerge fit-router'")
-    else:
-        typer.echo(
-            f"router: reads layer {router['layer']}; right on {router['held_out_accuracy']:.1%} of "
-            f"{router['held_out_rows']:,} rows held out from its own data"
-        )
-    for warning in result["warnings"]:
-        typer.echo(f"warning: {warning}")
-
-
-def _print_tensors(manifest: Any) -> None:
-    rows = []
-    for record in manifest.tensors:
-        shares = list(record.experts.values())
-        ranks = sorted({share.rank for share in shares if share.rank is not None})
-        rank = "-" if not ranks else "-".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))
-        error = f"{max(share.error for share in shares):.3f}" if shares else "-"
-        shape = "×".join(str(n) for n in record.shape) or "scalar"
-        size = f"{sum(share.bytes for share in shares):,}"
-        rows.append([record.name, record.kind, shape, record.dtype, rank, size, error])
-    columns = ["tensor", "kind", "shape", "dtype", "rank", "experts' bytes", "worst error"]
-    _table("\ntensors", columns, rows)
-
-
-def _dry_run_text(result: dict[str, Any]) -> None:
-    typer.echo("nothing written. The build would hold and write:")
-    for key, value in result.items():
-        if isinstance(value, int | float):
-            typer.echo(f"  {key.replace('_', ' ')}: {value:,}")
-        elif isinstance(value, dict):
-            inner = ", ".join(f"{name} {count:,}" for name, count in value.items())
-            typer.echo(f"  {key.replace('_', ' ')}: {inner}")
-    for warning in result["warnings"]:
-        typer.echo(f"warning: {warning}")
-
-
-def _router_text(result: dict[str, Any]) -> None:
-    _table(
-        "",
-        ["layer", "held-out accuracy", ""],
-        [
-            [layer, f"{accuracy:.1%}", "chosen" if int(layer) == result["layer"] else ""]
-            for layer, accuracy in result["accuracy_by_layer"].items()
-        ],
-    )
-    typer.echo(
-        f"\nrouter: {result['held_out_accuracy']:.1%} of {result['held_out_rows']:,} held-out rows "
-        f"go to their own expert; fitted on {sum(result['rows'].values()):,} rows, "
-        f"{result['bytes']:,} bytes"
-    )
-    confused = sorted(
-        (
-            (count, true, chosen)
-            for true, row in result["confusion"].items()
-            for chosen, count in row.items()
-            if true != chosen
-        ),
-        reverse=True,
-    )
-    for count, true, chosen in confused[:5]:
-        typer.echo(f"  {count} rows of {true} went to {chosen}")
-
-
-def _eval_text(result: dict[str, Any]) -> None:
-    for report in result["reports"]:
-        normalised = report["normalised"]
-        rows = []
-        for name, task in report["tasks"].items():
-            routed, expert = task["routing_accuracy"], task.get("expert")
-            rows.append(
-                [
-                    name,
-                    task["metric"],
-                    f"{task['rows']:,}",
-                    f"{task['score']:.4f}",
-                    "-" if expert is None else f"{expert:.4f}",
-                    "-" if not expert else f"{100 * task['score'] / expert:.1f}",
-                    "-" if routed is None else f"{routed:.1%}",
-                ]
-            )
-        columns = ["task", "metric", "rows", "score", "expert", "normalised", "routed right"]
-        _table(f"\nprotocol: {report['protocol']}", columns, rows)
-        typer.echo(
-            f"mean score {report['mean']:.4f}"
-            + ("" if normalised is None else f", normalised {100 * normalised:.1f}")
-            + f", {report['seconds_per_1000_rows']:.1f} s per 1,000 rows"
-        )
+        show.print_tensors(manifest)
 
 
 # ---------------------------------------------------------------------------------- plumbing

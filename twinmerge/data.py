@@ -123,19 +123,21 @@ def task_files(folder: Path, split: str) -> dict[str, Path]:
         raise InputError(
             f"{folder}: expected a folder with rows for every expert; it is not there."
         )
-    found: dict[str, Path] = {}
+    found: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
         for suffix in SUFFIXES:
             inside = entry / f"{split}{suffix}"
             if entry.is_dir() and inside.is_file():
-                found[entry.name] = inside
-            elif (
-                entry.is_file()
-                and entry.name.endswith(suffix)
-                and suffix == "".join(entry.suffixes[-suffix.count(".") :])
-            ):
-                found[entry.name.removesuffix(suffix)] = entry
-    return found
+                found.setdefault(entry.name, []).append(inside)
+            elif entry.is_file() and entry.name.endswith(suffix):
+                found.setdefault(entry.name.removesuffix(suffix), []).append(entry)
+    for name, paths in found.items():
+        if len(paths) > 1:
+            raise InputError(
+                f"{folder}: rows for '{name}' are in {' and in '.join(map(str, paths))}; expected "
+                "one file. Remove the other."
+            )
+    return {name: paths[0] for name, paths in found.items()}
 
 
 def read_tasks(

@@ -182,7 +182,8 @@ class Router(_Model):
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
 
-    batch_size: Positive = 64
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """At least 2: BatchNorm has no variance of one row."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 

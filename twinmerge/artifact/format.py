@@ -98,6 +98,8 @@ class RouterRecord(_Record):
     """Held-out rows: true expert -> chosen expert -> count."""
     epoch: int
     seed: int
+    max_tokens: int
+    """Texts that it was fitted on were cut to this many tokens."""
     bytes: int
 
 

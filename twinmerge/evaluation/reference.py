@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import Checkpoint, open_expert
 from ..data import batches
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
+from ..recipe import Recipe
 from ..runtime.attach import parameter_names
 from ..runtime.load import model_class, quiet, task_config
 from ..runtime.model import TwinModel
@@ -18,16 +19,24 @@ from .score import Prepared, TaskScore, guesses_of
 
 
 def expert_model(
-    model: TwinModel, name: str, *, base: str | None = None, reference: str | None = None
+    model: TwinModel, name: str, recipe: Recipe, *, base: str | None = None
 ) -> PreTrainedModel:
     """One expert of an artifact, from its own checkpoint, as a plain transformers model.
 
-    Paths are those of the recipe unless given. Raises `CheckpointError` if they are gone or the
-    checkpoint does not fill the model.
+    recipe: the one that the artifact was built from, paths resolved; base: instead of its base
+
+    Raises `CheckpointError` if its folder is gone or does not fill the model, `RecipeError` if the
+    recipe has no such expert.
     """
     record = next(e for e in model.manifest.experts if e.name == name)
-    opened = Checkpoint.open(base or model.manifest.base)
-    expert = open_expert(name, reference or record.reference, opened)
+    entry = next((e for e in recipe.models if e.name == name), None)
+    if entry is None:
+        raise RecipeError(
+            f"the recipe has no expert '{name}', the artifact does. Give the recipe that "
+            f"{model.folder} was built from."
+        )
+    opened = Checkpoint.open(base or recipe.base_model)
+    expert = open_expert(name, entry.model, opened)
     try:
         config = task_config(model.folder, record)
         cls = model_class(model.manifest)

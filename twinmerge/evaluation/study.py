@@ -166,7 +166,8 @@ class Study:
 
     def score_experts(self) -> dict[str, Any]:
         """Every expert as a plain model on its own validation and test rows."""
-        folder, _ = self.artifact("plain", self.recipe("linear", "none", {}))
+        recipe = self.recipe("linear", "none", {})
+        folder, _ = self.artifact("plain", recipe)
         model = load(folder, check=False)
         sets = {
             "test": self.prepared(model, "test", self.settings["test_rows"]),
@@ -174,7 +175,7 @@ class Study:
         }
         scores: dict[str, Any] = {}
         for name in self.names:
-            plain = expert_model(model, name)
+            plain = expert_model(model, name, recipe)
             scores[name] = {
                 split: vars(score_plain(model, plain, name, tasks[name]))
                 for split, tasks in sets.items()

@@ -89,7 +89,7 @@ def build(
     check_target(out)
     plan = make_plan(recipe)
     try:
-        check_space(out, plan.shared_bytes() + len(plan.experts) * plan.expert_bytes())
+        check_space(out, plan.disk_bytes())
         with whole_folder(out) as folder, _one_thread_each(len(plan.experts)) as pool:
             return _Build(plan, folder, shard_bytes, progress, pool).run(written or recipe)
     finally:

@@ -97,6 +97,10 @@ class Plan:
     def shared_bytes(self) -> int:
         return sum(tensor.bytes for tensor in self.tensors)
 
+    def disk_bytes(self) -> int:
+        """About what the artifact takes, at most."""
+        return self.shared_bytes() + len(self.experts) * self.expert_bytes()
+
     def peak_bytes(self) -> int:
         """About what the build holds at once: base, experts, and working copies of one tensor."""
         largest = max((prod(t.shape) for t in self.tensors if t.kind != "head"), default=0)

@@ -59,7 +59,7 @@ class _Fitted:
 
 def fit_router(
     folder: Path | str,
-    texts: Mapping[str, Sequence[Text]],
+    texts: Mapping[str, Sequence[Text | str]],
     settings: Router | None = None,
     *,
     max_tokens: int | None = None,
@@ -67,7 +67,8 @@ def fit_router(
 ) -> RouterRecord:
     """Fit the router of an artifact on texts of every expert, and store it there.
 
-    texts: expert name -> texts or pairs like those that the expert is for
+    texts: expert name -> texts (strings) or pairs (tuples of two) like those that the expert is for
+    max_tokens: longer texts are cut to this many tokens; default 512, or what the model takes
 
     The feature layer (unless set) is the earliest whose held-out accuracy is within one standard
     error of the best: an early layer costs a smaller part of a forward. Returns what is recorded in
@@ -76,8 +77,9 @@ def fit_router(
     model = load(folder, check=True)
     settings = settings or Router.model_validate(model.manifest.recipe.get("router", {}))
     _check_rows(texts, model.experts)
+    limit = token_limit(model, max_tokens)
     rows = [
-        (expert, text)
+        (expert, (text,) if isinstance(text, str) else tuple(text))
         for expert in model.experts
         for text in sample(texts[expert], settings.rows_per_task, settings.seed)
     ]
@@ -86,7 +88,7 @@ def fit_router(
         if settings.layer == "auto"
         else [int(settings.layer)]
     )
-    features = _features(model, [text for _, text in rows], layers, max_tokens, progress)
+    features = _features(model, [text for _, text in rows], layers, limit, progress)
     truth = torch.tensor([model.experts.index(expert) for expert, _ in rows])
     split = _split([text for _, text in rows], truth, model.experts, settings)
     fitted = []
@@ -115,6 +117,7 @@ def fit_router(
         confusion=_confusion(truth[split.held_out], guess, model.experts),
         epoch=best.epoch,
         seed=settings.seed,
+        max_tokens=limit,
         bytes=0,
     )
     return store_router(artifact, best.mlp, entry)
@@ -131,7 +134,7 @@ def choose_layer(accuracy: Mapping[int, float], rows: int) -> int:
     return min(layer for layer, value in accuracy.items() if value >= best - margin)
 
 
-def _check_rows(texts: Mapping[str, Sequence[Text]], experts: Sequence[str]) -> None:
+def _check_rows(texts: Mapping[str, Sequence[Text | str]], experts: Sequence[str]) -> None:
     for expert in experts:
         count = len(texts.get(expert, ()))
         if count < 5:
@@ -148,10 +151,10 @@ def _features(
     model: TwinModel,
     texts: Sequence[Text],
     layers: list[int],
-    max_tokens: int | None,
+    limit: int,
     progress: Progress | None,
 ) -> dict[int, Float[Tensor, "row width"]]:
-    encoded = encode(model.tokenizer, texts, token_limit(model, max_tokens))
+    encoded = encode(model.tokenizer, texts, limit)
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     order: list[int] = []
     for indices, batch in batches(model.tokenizer, encoded, FEATURE_BATCH):

@@ -1,0 +1,205 @@
+"""What the command line shows: tables and sentences for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def print_result(
+    result: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], None]
+) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        text(result)
+
+
+def summarise(manifest: Any, out: Path) -> dict[str, Any]:
+    shared = sum(tensor.bytes for tensor in manifest.tensors)
+    ranks = {
+        expert.name: [
+            share.rank
+            for tensor in manifest.tensors
+            if (share := tensor.experts.get(expert.name)) and share.rank is not None
+        ]
+        for expert in manifest.experts
+    }
+    errors = {
+        expert.name: [
+            share.error
+            for tensor in manifest.tensors
+            if tensor.kind == "matrix" and (share := tensor.experts.get(expert.name))
+        ]
+        for expert in manifest.experts
+    }
+    return {
+        "artifact": str(out),
+        "base": manifest.base,
+        "model_class": manifest.model_class,
+        "merge_method": manifest.recipe.get("merge_method"),
+        "bytes": {
+            "shared": shared,
+            "experts": sum(expert.bytes for expert in manifest.experts),
+            "router": manifest.router.bytes if manifest.router else 0,
+            "all": sum(record.bytes for record in manifest.files.values()),
+        },
+        "experts": [
+            {
+                "name": expert.name,
+                "reference": expert.reference,
+                "kind": "LoRA" if expert.adapter else "full",
+                "bytes": expert.bytes,
+                "share_of_base": expert.bytes / shared,
+                "max_rank": max(ranks[expert.name], default=0),
+                "mean_relative_error": (
+                    sum(errors[expert.name]) / len(errors[expert.name])
+                    if errors[expert.name]
+                    else None
+                ),
+                "drift": expert.drift,
+            }
+            for expert in manifest.experts
+        ],
+        "router": None
+        if manifest.router is None
+        else {
+            key: getattr(manifest.router, key)
+            for key in ("layer", "held_out_accuracy", "held_out_rows", "bytes")
+        },
+        "warnings": list(manifest.warnings),
+    }
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def inspect_text(result: dict[str, Any]) -> None:
+    size = result["bytes"]
+    typer.echo(
+        f"{result['artifact']}: {len(result['experts'])} experts of {result['base']} "
+        f"({result['model_class']}, shared expert by {result['merge_method']})"
+    )
+    _table(
+        "",
+        ["expert", "kind", "bytes", "of base", "max rank", "mean error", "drift"],
+        [
+            [
+                expert["name"],
+                expert["kind"],
+                f"{expert['bytes']:,}",
+                f"{expert['share_of_base']:.2%}",
+                str(expert["max_rank"]),
+                "-" if (e := expert["mean_relative_error"]) is None else f"{e:.3f}",
+                f"{expert['drift']:.4f}",
+            ]
+            for expert in result["experts"]
+        ],
+    )
+    typer.echo(
+        f"\nbytes: shared {size['shared']:,}, experts {size['experts']:,}, router "
+        f"{size['router']:,}, whole folder {size['all']:,}"
+    )
+    router = result["router"]
+    if router is None:
+        typer.echo("router: none yet; fit one with 'twinmerge fit-router'")
+    else:
+        typer.echo(
+            f"router: reads layer {router['layer']}; right on {router['held_out_accuracy']:.1%} of "
+            f"{router['held_out_rows']:,} rows held out from its own data"
+        )
+    for warning in result["warnings"]:
+        typer.echo(f"warning: {warning}")
+
+
+def print_tensors(manifest: Any) -> None:
+    rows = []
+    for record in manifest.tensors:
+        shares = list(record.experts.values())
+        ranks = sorted({share.rank for share in shares if share.rank is not None})
+        rank = "-" if not ranks else "-".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))
+        error = f"{max(share.error for share in shares):.3f}" if shares else "-"
+        shape = "×".join(str(n) for n in record.shape) or "scalar"
+        size = f"{sum(share.bytes for share in shares):,}"
+        rows.append([record.name, record.kind, shape, record.dtype, rank, size, error])
+    columns = ["tensor", "kind", "shape", "dtype", "rank", "experts' bytes", "worst error"]
+    _table("\ntensors", columns, rows)
+
+
+def dry_run_text(result: dict[str, Any]) -> None:
+    typer.echo("nothing written. The build would hold and write:")
+    for key, value in result.items():
+        if isinstance(value, int | float):
+            typer.echo(f"  {key.replace('_', ' ')}: {value:,}")
+        elif isinstance(value, dict):
+            inner = ", ".join(f"{name} {count:,}" for name, count in value.items())
+            typer.echo(f"  {key.replace('_', ' ')}: {inner}")
+    for warning in result["warnings"]:
+        typer.echo(f"warning: {warning}")
+
+
+def router_text(result: dict[str, Any]) -> None:
+    _table(
+        "",
+        ["layer", "held-out accuracy", ""],
+        [
+            [layer, f"{accuracy:.1%}", "chosen" if int(layer) == result["layer"] else ""]
+            for layer, accuracy in result["accuracy_by_layer"].items()
+        ],
+    )
+    typer.echo(
+        f"\nrouter: {result['held_out_accuracy']:.1%} of {result['held_out_rows']:,} held-out rows "
+        f"go to their own expert; fitted on {sum(result['rows'].values()):,} rows, "
+        f"{result['bytes']:,} bytes"
+    )
+    confused = sorted(
+        (
+            (count, true, chosen)
+            for true, row in result["confusion"].items()
+            for chosen, count in row.items()
+            if true != chosen
+        ),
+        reverse=True,
+    )
+    for count, true, chosen in confused[:5]:
+        typer.echo(f"  {count} rows of {true} went to {chosen}")
+
+
+def eval_text(result: dict[str, Any]) -> None:
+    for report in result["reports"]:
+        normalised = report["normalised"]
+        rows = []
+        for name, task in report["tasks"].items():
+            routed, expert = task["routing_accuracy"], task.get("expert")
+            rows.append(
+                [
+                    name,
+                    task["metric"],
+                    f"{task['rows']:,}",
+                    f"{task['score']:.4f}",
+                    "-" if expert is None else f"{expert:.4f}",
+                    "-" if not expert else f"{100 * task['score'] / expert:.1f}",
+                    "-" if routed is None else f"{routed:.1%}",
+                ]
+            )
+        columns = ["task", "metric", "rows", "score", "expert", "normalised", "routed right"]
+        _table(f"\nprotocol: {report['protocol']}", columns, rows)
+        typer.echo(
+            f"mean score {report['mean']:.4f}"
+            + ("" if normalised is None else f", normalised {100 * normalised:.1f}")
+            + f", {report['seconds_per_1000_rows']:.1f} s per 1,000 rows"
+        )
