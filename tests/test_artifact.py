@@ -535,6 +535,22 @@ def test_an_experts_file_that_lacks_a_tensor_is_named_even_unchecked(damaged):
 # ------------------------------------------------------------------------------ its router
 
 
+def test_an_experts_file_that_cannot_be_read_is_corrupt_even_unchecked(damaged):
+    path = next((damaged / "experts").glob("*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" * 16 + content[16:])
+    with pytest.raises(CorruptArtifact, match=f"{path.name}: expected a safetensors file"):
+        load(damaged, check=False)
+
+
+def test_a_router_file_that_cannot_be_read_is_corrupt_even_unchecked(damaged):
+    with_router(damaged)
+    path = damaged / ROUTER
+    path.write_bytes(b"\xff" * 16 + path.read_bytes()[16:])
+    with pytest.raises(CorruptArtifact, match=f"{ROUTER}: expected a safetensors file"):
+        Artifact(damaged, check=False).router()
+
+
 def with_router(folder: Path, **changes) -> None:
     """A router fitted by hand, recorded as `fit-router` records one."""
     torch.manual_seed(0)
@@ -556,6 +572,7 @@ def with_router(folder: Path, **changes) -> None:
             confusion={name: {name: 2} for name in EXPERTS},
             epoch=3,
             seed=0,
+            max_tokens=64,
             bytes=(folder / ROUTER).stat().st_size,
         )
         | changes
@@ -654,7 +671,7 @@ def test_an_interruption_midway_leaves_nothing_behind(problem, zoo, tmp_path):
 
     def progress(done, total, name):
         if done == 7:
-            assert len(left(tmp_path)) == 2  # the empty target, and the folder that grows
+            assert len(left(tmp_path)) == 1  # the folder that grows; the empty target made way
             raise problem
 
     with pytest.raises(problem):
@@ -716,3 +733,24 @@ def test_the_card_says_what_went_in_and_what_it_weighs(zoo):
     assert set(densely_merged(folder, [0, 0, 0])) == {
         t.name for t in manifest.tensors if t.kind not in ("head", "tied")
     }
+
+
+def test_the_current_folder_is_a_target_like_any_other(zoo, tmp_path, monkeypatch):
+    made = zoo.made("bert")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    merge(made.base, made.experts, Path("."))
+    assert Artifact(here).manifest.names == tuple(made.experts)
+    assert left(tmp_path) == ["here"]
+
+
+def test_a_folder_that_cannot_make_way_is_told_before_the_work(tmp_path, monkeypatch):
+    def busy(self):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "rmdir", busy)
+    with pytest.raises(OutputError, match="cannot be written .Device or resource busy"):
+        with whole_folder(tmp_path / "volume"):
+            raise AssertionError("no work is done")

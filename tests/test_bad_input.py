@@ -21,6 +21,7 @@ from tiny import (
     perturb,
     recipe,
     save,
+    shared_tensors,
 )
 
 from twinmerge.errors import (
@@ -137,6 +138,21 @@ def test_a_folder_that_is_no_model_is_named(zoo, refused, tmp_path):
     experts = made.experts | {"code": str(tmp_path / "no" / "where")}
     refused(CheckpointError, "nowhere|nothing at that path", made.base, experts)
     refused(CheckpointError, "empty: no config.json", str(tmp_path / "empty"), made.experts)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint16, torch.uint32, torch.uint64, torch.complex64], ids=str
+)
+def test_constants_of_every_dtype_that_is_read_are_written(dtype, zoo, broken, tmp_path):
+    made, table = zoo.made("bert"), torch.arange(3).to(dtype)
+
+    def add(tensors: Tensors) -> None:
+        tensors["some.table"] = table
+
+    experts = {name: broken(folder, add, name) for name, folder in made.experts.items()}
+    merge(broken(made.base, add, "base"), experts, tmp_path / "out")
+    stored = shared_tensors(tmp_path / "out")["some.table"]
+    assert stored.dtype is dtype and torch.equal(stored, table)
 
 
 # ------------------------------------------------------------------------ NaN and infinity

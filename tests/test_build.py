@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import weakref
 from math import prod
 from pathlib import Path
@@ -33,10 +34,12 @@ from tiny import (
 
 from twinmerge.artifact.reader import Artifact
 from twinmerge.checkpoint import Checkpoint
-from twinmerge.errors import CheckpointError
+from twinmerge.errors import CheckpointError, MissingTensor, NotFinite, RecipeError
 from twinmerge.merging import build as building
 from twinmerge.merging import stream
+from twinmerge.merging.build import build
 from twinmerge.merging.plan import make_plan
+from twinmerge.recipe import Recipe
 from twinmerge.runtime.load import load
 
 # -------------------------------------------------------------------------- every tensor
@@ -572,6 +575,76 @@ def test_a_base_that_stores_a_tied_tensor_twice_is_merged_once(zoo, tmp_path):
     assert torch.equal(load(tmp_path / "out")(task="code", **inputs).logits, want)
 
 
+def test_an_expert_that_unties_what_the_base_ties_is_refused(zoo, tmp_path):
+    made = zoo.made("llama tied")
+
+    def twice(folder: str, out: Path, *, untie: bool) -> str:
+        model = opened(tf.LlamaForCausalLM, folder)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if untie:
+            state["lm_head.weight"] += 0.1
+            model.config.tie_word_embeddings = False
+        save(model.config, out)
+        torch.save(state, out / "pytorch_model.bin")
+        return str(out)
+
+    base = twice(made.base, tmp_path / "base", untie=False)
+    experts = {n: twice(f, tmp_path / n, untie=n == "code") for n, f in made.experts.items()}
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: .* expert 'code' .* the two diff"):
+        merge(base, experts, tmp_path / "out")
+
+
+def test_a_tensor_that_every_expert_lacks_is_missing_and_not_the_bases(zoo, tmp_path):
+    made = zoo.made("bert")
+    name = "bert.encoder.layer.1.attention.self.query.weight"
+    folder = shutil.copytree(made.experts["math"], tmp_path / "math")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MissingTensor, match=r"self.query.weight: the base has it, no expert does"):
+        merge(made.base, {"math": str(folder)}, tmp_path / "out")
+
+
+def test_labels_are_as_many_as_the_head_has_outputs(zoo, tmp_path):
+    made = zoo.made("bert")
+    for name, labels in (("math", ["a", "b", "c"]), ("law", ["a"]), ("law", ["a", "b"])):
+        given = recipe(made.base, made.experts).model_dump(mode="json", exclude_none=True)
+        for entry in given["models"]:
+            if entry["name"] == name:
+                entry["labels"] = labels
+        if (name, len(labels)) == ("law", 1):
+            build(Recipe.model_validate(given), tmp_path / "one")
+            continue
+        with pytest.raises(RecipeError, match=f"expert '{name}': labels: expected "):
+            build(Recipe.model_validate(given), tmp_path / "out")
+
+
+def test_a_number_that_float16_cannot_hold_is_an_error_that_names_the_tensor(zoo, tmp_path):
+    made = zoo.made("bert")
+    folder = shutil.copytree(made.experts["math"], tmp_path / "math")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["bert.encoder.layer.0.output.dense.bias"][3] = 1e6
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    experts = made.experts | {"math": str(folder)}
+    with pytest.raises(NotFinite, match=r"layer.0.output.dense.bias: .* float16 cannot"):
+        merge(made.base, experts, tmp_path / "out", out_dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_float64_base_is_not_rounded_on_the_way(zoo, tmp_path):
+    made = zoo.made("llama")
+    tensors = load_file(Path(made.base, "model.safetensors"))
+    for folder in (made.base, *made.experts.values()):
+        out = shutil.copytree(folder, tmp_path / Path(folder).name)
+        wide = {n: t.double() for n, t in load_file(out / "model.safetensors").items()}
+        wide["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].double() + 1e-12
+        save_file(wide, out / "model.safetensors", {"format": "pt"})
+    experts = {name: str(tmp_path / Path(f).name) for name, f in made.experts.items()}
+    merge(str(tmp_path / "base"), experts, tmp_path / "out")
+    got = shared_tensors(tmp_path / "out")["model.embed_tokens.weight"]
+    assert torch.equal(got, tensors["model.embed_tokens.weight"].double() + 1e-12)
+
+
 # ------------------------------------------------------------------ warnings, other files
 
 
@@ -648,6 +721,12 @@ def test_the_tokenizer_goes_along_and_another_vocabulary_is_warned_of(zoo, tmp_p
         "math": with_tokenizer(made.experts["math"], tmp_path / "math", ["good", "bad"]),
         "code": with_tokenizer(made.experts["code"], tmp_path / "code", ["bad", "good"]),
     }
+    model = opened(tf.BertModel, base)
+    lora = adapter(model, tmp_path / "lora", target_modules=["query"], r=2)
+    for file in Path(experts["code"]).glob("tokenizer*"):
+        (tmp_path / "lora" / file.name).write_bytes(file.read_bytes())
+    both = merge(base, {"one": base, "law": f"{base}+{lora}"}, tmp_path / "both")
+    assert "expert 'law': its tokenizer has another vocabulary" in "".join(both.warnings)
     manifest = merge(base, experts, tmp_path / "out")
     (warning,) = manifest.warnings
     assert warning.startswith("expert 'code': its tokenizer has another vocabulary than the base's")
@@ -656,6 +735,17 @@ def test_the_tokenizer_goes_along_and_another_vocabulary_is_warned_of(zoo, tmp_p
     inputs = twin.tokenizer(["good bad", "bad"], return_tensors="pt", padding=True)
     assert inputs["input_ids"].tolist() == [[2, 5, 6, 3], [2, 6, 3, 0]]
     assert twin(task="math", **inputs).logits.shape == (2, 2)
+
+
+def test_tokenizer_files_of_every_kind_go_along(zoo, tmp_path):
+    made = zoo.made("bert")
+    base = Path(shutil.copytree(made.base, tmp_path / "base"))
+    names = {"spm.model", "source.spm", "target.spm", "bpe.codes", "vocab.bpe", "vocab.txt"}
+    for name in names:
+        (base / name).write_text(name)
+    manifest = merge(str(base), made.experts, tmp_path / "out")
+    assert names <= set(manifest.files)
+    assert all((tmp_path / "out" / name).read_text() == name for name in names)
 
 
 def test_the_recipe_is_kept_as_it_was_written(zoo, tmp_path, monkeypatch):

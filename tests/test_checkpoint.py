@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import struct
 import warnings
 from pathlib import Path
 
@@ -180,7 +182,7 @@ def test_an_adapter_reads_as_what_peft_merges(variety, tmp_path):
     expert = open_expert("task", str(tmp_path / "adapter"), base)
     want = {stored_as(n): w for n, w in merged_by_peft(peft_model).items()}
 
-    assert expert.is_adapter and expert.labels is None and expert.config == base.config
+    assert expert.is_adapter and expert.config == base.config
     assert expert.missing() == [] and expert.head_names() == []
     assert expert.names() == base.names()
     vectors = {n: expert.task_vector(n) for n in expert.names()}
@@ -450,7 +452,7 @@ def test_another_number_of_labels_is_a_head_weight_and_bias_together(tmp_path):
     saved(bert(num_labels=3, id2label=labels), tmp_path / "task")
     expert = open_expert("task", str(tmp_path / "task"), base)
     assert expert.head_names() == ["classifier.bias", "classifier.weight"]
-    assert expert.labels == ["no", "maybe", "yes"] and expert.missing() == []
+    assert expert.missing() == []
     assert not set(expert.head_names()) & set(expert.names())
     check_shapes(base, expert)
     assert is_head("classifier.weight", base) and not is_head("bert.pooler.dense.weight", base)
@@ -606,6 +608,57 @@ def test_a_damaged_bin_file_is_corrupt_and_not_called_unsafe(tmp_path):
     torch.save({"state_dict": {"weight": torch.ones(2)}}, file)
     with pytest.raises(CorruptCheckpoint, match="flat dict"):
         Checkpoint.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": None, "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+    ],
+    ids=["no shape", "shape of nothing", "no end"],
+)
+def test_a_header_that_lacks_something_is_corrupt(entry, tmp_path):
+    folder = saved(bert(), tmp_path / "task")
+    header = json.dumps({"x": entry}).encode()
+    path = Path(folder, "model.safetensors")
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    with pytest.raises(CorruptCheckpoint, match="expected a safetensors header, got .* bytes"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_one_may_not_read_is_named(name, tmp_path, monkeypatch):
+    folder = saved(bert(), tmp_path / "task")
+    if name.endswith(".bin"):
+        torch.save(load_file(Path(folder, "model.safetensors")), Path(folder, name))
+        Path(folder, "model.safetensors").unlink()
+    opened = Path.open
+
+    def refuse(path, *args, **kwargs):  # not chmod(): tests may run as root, who may read anything
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=f"{name}: expected a file that can be read, got Per"):
+        Checkpoint.open(folder)
+
+
+def test_the_home_of_nobody_is_no_folder():
+    for reference in ("~nosuchuser/x", "~nosuchuser/x+~nosuchuser/y"):
+        with pytest.raises(CheckpointError, match="got nothing at that path"):
+            Checkpoint.open(reference)
+
+
+def test_an_expert_knows_its_own_folder(tmp_path):
+    base = Checkpoint.open(saved(bert(), tmp_path / "base"))
+    adapted(bert(), tmp_path / "adapter", target_modules=["query"], r=2)
+    task = saved(shaken(bert()), tmp_path / "task")
+    assert open_expert("task", task, base).folder == tmp_path / "task"
+    both = f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"
+    assert open_expert("task", both, base).folder == tmp_path / "adapter"
 
 
 def test_quantised_weights_are_refused_by_method(tmp_path):

@@ -276,6 +276,15 @@ def test_a_cut_row_says_so(call, bench):
     assert [line.get("truncated") for line in lines] == [True, None]
 
 
+def test_columns_called_as_ours_are_renamed_in_every_row_also_of_a_regression(call, bench):
+    ours = {"expert": 1, "weight": 2, "answer": "mine", "score": 4.2, "weights": 3, "truncated": 5}
+    stdin = json.dumps({"text": "law1 the2", "id": 7} | ours).encode()
+    for task in ("law", "math"):  # a regression has no score
+        line = call("run", bench.plain, "--task", task, stdin=stdin).lines[0]
+        assert {key: line[f"input_{key}"] for key in ours} == ours and line["id"] == 7
+        assert "truncated" not in line and ("score" in line) == (task == "math")
+
+
 def test_columns_name_the_text(call, bench):
     stdin = b'{"body": "math1 the1", "text": "law1"}\n'
     named = call("run", bench.routed, "--columns", "body", stdin=stdin).lines[0]
@@ -297,6 +306,17 @@ def test_a_language_model_writes_on(call, causal_bench):
         assert line["answer"] == model.tokenizer.decode(new[0, start:], skip_special_tokens=True)
     forced = call(*words, "--task", "law", stdin=stdin).lines
     assert {line["expert"] for line in forced} == {"law"}
+
+
+def test_a_prompt_is_cut_to_what_new_tokens_leave_of_the_positions(call, fails, causal_bench):
+    stdin = ("math1 the1 " * 20 + "\n" + "math1 the1\n").encode()  # 41 tokens and 3, of 40
+    words = ("run", causal_bench.plain, "--task", "math", "--max-new-tokens")
+    lines = call(*words, 30, stdin=stdin).lines
+    assert [line.get("truncated") for line in lines] == [True, None]
+    (cut,) = call(*words, 30, "--max-tokens", 10, stdin=stdin.split(b"\n")[0]).lines
+    assert cut["answer"] == lines[0]["answer"]
+    message = "--max-new-tokens 40: expected fewer than the model's 40 positions"
+    assert message in fails(*words, 40, stdin=stdin)
 
 
 @pytest.mark.parametrize(

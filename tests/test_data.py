@@ -20,6 +20,7 @@ from twinmerge.data import (
     COLUMNS,
     batches,
     encode,
+    known_positions,
     pad,
     parse_inputs,
     read_rows,
@@ -274,6 +275,11 @@ def test_the_limit_is_what_was_asked_for_within_the_models_positions():
     assert token_limit(SimpleNamespace(), 9) == 9
     with pytest.raises(InputError, match="--max-tokens 129: the model has 128 positions"):
         token_limit(model, 129)
+
+
+def test_a_model_without_a_known_number_of_positions_has_no_limit():
+    assert known_positions(SimpleNamespace(config=tf.GPT2Config(n_positions=32))) == 32
+    assert known_positions(SimpleNamespace()) > 10**6
 
 
 @pytest.mark.parametrize("asked", [0, -5])

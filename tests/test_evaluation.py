@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from conftest import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
-from texts import EXPERTS, save_tokenizer, write_rows
-from tiny import adapter, inherit, merge, merged_folder, opened, perturb, save
+from texts import EXPERTS, SIZES, save_tokenizer, write_rows
+from tiny import BERT, Family, adapter, inherit, made, merge, merged_folder, opened, perturb, save
 
 from twinmerge.data import encode, pad, read_rows, read_tasks, text_of
 from twinmerge.errors import CheckpointError, InputError, MissingExtra, RecipeError
@@ -298,6 +299,26 @@ def test_an_unknown_protocol_lists_the_known_ones(bench):
 def test_a_language_model_has_nothing_to_score(causal_bench):
     with pytest.raises(InputError, match="has no head with labels to score. Use `run`"):
         prepare(causal_bench.model, {"math": [{"text": "math1", "label": 0}]})
+
+
+@pytest.mark.parametrize("outputs", [2, 1], ids=["classes", "regression"])
+def test_heads_of_the_bases_shape_are_scored(outputs, tmp_path):
+    cls, config = tf.BertForSequenceClassification, tf.BertConfig
+    sizes = BERT | SIZES | {"num_labels": outputs}
+    models = made(Family(cls, cls, config, sizes), tmp_path)
+    save_tokenizer(models.base)
+    manifest = merge(models.base, models.experts, tmp_path / "out", exclusive={"rank": "full"})
+    assert {expert.outputs for expert in manifest.experts} == {None}
+    model = load(tmp_path / "out")
+    assert model.outputs == dict.fromkeys(EXPERTS, outputs)
+    texts = ["math1", "the1 the2", "math3 the4 math5", "law1"]
+    inputs = model.tokenizer(texts, return_tensors="pt", padding=True)
+    logits = models.expert("math")(**inputs).logits
+    own = logits[:, 0].tolist() if outputs == 1 else logits.argmax(dim=-1).tolist()
+    rows = [{"text": text, "label": label} for text, label in zip(texts, own, strict=True)]
+    got = evaluate(model, {"math": rows}, "oracle").tasks["math"]
+    assert got.metric == ("accuracy" if outputs == 2 else "pearson_spearman")
+    assert got.score == pytest.approx(1.0, abs=1e-4)
 
 
 def test_rows_cut_to_the_limit_are_counted_in_the_score(bench):

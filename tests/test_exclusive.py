@@ -142,3 +142,11 @@ def test_nan_is_refused():
 )
 def test_a_tensor_is_seen_as_out_times_rest(shape, matrix):
     assert matrix_shape(shape) == matrix
+
+
+def test_full_and_energy_keep_what_a_tall_table_holds():
+    u = torch.linalg.qr(randn(20_000, 4, seed=0)).Q
+    v = torch.linalg.qr(randn(32, 4, seed=1)).Q
+    delta = (u * torch.tensor([1.0, 0.01, 0.01, 0.01])) @ v.T
+    for cut in (Cut(full=True), Cut(energy=1.0), Cut(rank=32)):
+        assert factorize(delta, cut).error < 1e-5

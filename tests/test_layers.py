@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -144,6 +145,12 @@ CASES = {
         GemmaTextScaledWordEmbedding(9, 6, 0, embed_scale=2.5),
         table(TwinLookup),
         {"weight": stacked(9, 6, seed=0)},
+        IDS,
+    ),
+    "embedding of positions": lambda: Case(
+        BartLearnedPositionalEmbedding(9, 6),
+        table(TwinLookup),
+        {"weight": stacked(11, 6, seed=0)},
         IDS,
     ),
     "layer norm": lambda: Case(
@@ -409,6 +416,56 @@ class Normalises(nn.Embedding):
     def forward(self, input):
         found = super().forward(input)
         return found / found.norm(dim=-1, keepdim=True)
+
+
+class TwoTensors(nn.Embedding):
+    def forward(self, input, other):
+        return super().forward(input + other)
+
+
+class OnlyByName(nn.Embedding):
+    def forward(self, *, input):
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [TwoTensors, OnlyByName])
+def test_an_embedding_that_is_not_called_with_one_tensor_is_refused(kind):
+    message = f"the.layer: expected .* called with one tensor, but {kind.__name__}.forward takes"
+    with pytest.raises(UnsupportedModel, match=message):
+        TwinLookup(kind(9, 6), stacked(9, 6, seed=0), "the.layer")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda layer: layer(IDS, 2),
+        lambda layer: layer(input_ids=IDS, past_key_values_length=2),
+        lambda layer: layer(IDS, 1, position_ids=torch.tensor([2, 0, 5])),
+        lambda layer: layer(IDS[:1], position_ids=torch.tensor([2, 0, 5])),
+    ],
+)
+def test_what_else_an_embedding_is_called_with_reaches_both_lookups(how):
+    case = CASES["embedding of positions"]()
+    weights = randn(4, T, seed=0)
+    with routed(Routing(weights, None)):
+        got = how(case.twin)
+    for row in range(4):
+        torch.testing.assert_close(got[row], how(case.dense(weights[row]))[0])
+
+
+def test_positions_without_a_batch_are_refused():
+    class Shifted(nn.Embedding):
+        def forward(self, input, flat=False):
+            return super().forward(input[0] if flat else input)
+
+    layer = TwinLookup(Shifted(9, 6), stacked(9, 6, seed=0), "the.layer")
+    with (
+        routed(Routing(randn(4, T, seed=0), None)),
+        pytest.raises(
+            UnsupportedModel, match=r"expected Shifted to give \(batch, ..., out\) .*got \(3, 6\)"
+        ),
+    ):
+        layer(IDS, flat=True)
 
 
 def test_an_embedding_that_is_not_linear_in_its_table_is_refused():

@@ -302,3 +302,11 @@ def test_numerical_rank_counts_what_stands_above_rounding():
     assert numerical_rank(torch.zeros(3), 5, 3) == 0
     assert numerical_rank(torch.zeros(0), 5, 3) == 0
     assert numerical_rank(torch.ones(3), 5, 3) == 3
+
+
+def test_small_singular_values_of_a_tall_table_are_no_rounding():
+    u = torch.linalg.qr(randn(50_000, 8, seed=0)).Q
+    v = torch.linalg.qr(randn(64, 8, seed=1)).Q
+    s = torch.tensor([1.0] + [0.005] * 7)
+    found = svd((u * s) @ v.T)
+    assert numerical_rank(found.s, 50_000, 64) == 8

@@ -393,6 +393,44 @@ def test_rows_that_are_all_equal_are_refused_with_the_experts_name(artifact, ben
         fit_router(artifact, bench.texts(8) | {"law": [("the1 law1",)] * 8}, QUICK)
 
 
+# ----------------------------------------------------------------------------- two at a time
+
+
+def test_a_second_fit_of_the_same_folder_is_told_to_wait(artifact, bench, monkeypatch):
+    told = []
+
+    def meanwhile(stage, done, total):
+        if not told:
+            with pytest.raises(OutputError, match="another fit-router is writing here; wait for"):
+                fit_router(artifact, bench.texts(6), QUICK)
+            told.append(stage)
+
+    fit_router(artifact, bench.texts(6), QUICK, progress=meanwhile)
+    assert told and load(artifact).router is not None
+    fit_router(artifact, bench.texts(6), QUICK)  # the lock is gone
+
+
+def test_a_router_is_not_stored_while_another_fit_runs(artifact, bench):
+    mlp, entry = load_router(Artifact(bench.routed))
+    with fitting._alone(artifact), pytest.raises(OutputError, match="another fit-router"):
+        fitting.store_router(Artifact(artifact), mlp, entry)
+    assert not [path for path in artifact.iterdir() if path.name.startswith(".")]
+    fitting.store_router(Artifact(artifact), mlp, entry)
+    assert load(artifact).router is not None
+
+
+def test_staged_files_are_of_one_run_and_what_a_killed_run_left_goes(artifact, bench, monkeypatch):
+    (artifact / f".{ROUTER}.0.fitted").write_text("left")
+    (artifact / ".fit-router.lock").write_text("")
+    seen = []
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            seen += [count_steps(patched, None)]
+            fit_router(artifact, bench.texts(6), QUICK)
+    assert seen[0][0] != seen[1][0] and seen[0][0].startswith(f".{ROUTER}.")
+    assert not [path for path in artifact.iterdir() if path.name.startswith(".")]
+
+
 # ------------------------------------------------------------------- killed, and a full disk
 
 

@@ -258,7 +258,7 @@ def open_adapter(name: str, reference: str, folder: Path, base: Checkpoint) -> E
         _follow_ties(n, base, {*dense, *targets}, entries, tied, notes)
     options: dict[str, Any] = dict(config=base.config, prefixes=(before, after), tied=tied)
     options |= dict(notes=notes, adapter_config=config)
-    return Expert(name, reference, base, files, entries, heads, **options)
+    return Expert(name, reference, folder, base, files, entries, heads, **options)
 
 
 def _notes(config: dict[str, Any], base: Checkpoint) -> list[str]:

@@ -114,8 +114,9 @@ class _Safetensors:
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             unknown = {str(h["dtype"]) for h in header.values()} - set(_DTYPES)
+            shapes = {n: tuple(int(size) for size in h["shape"]) for n, h in header.items()}
             end = 8 + length + max((h["data_offsets"][1] for h in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             came = f"{size} bytes in which it cannot be read ({error})"
             raise CorruptCheckpoint(
                 explain(str(path), "a safetensors header", came, again)
@@ -127,9 +128,7 @@ class _Safetensors:
             raise CorruptCheckpoint(
                 explain(str(path), f"{end} bytes (says its header)", f"{size} bytes", again)
             )
-        self.infos = {
-            n: TensorInfo(tuple(h["shape"]), _DTYPES[h["dtype"]]) for n, h in header.items()
-        }
+        self.infos = {n: TensorInfo(shapes[n], _DTYPES[h["dtype"]]) for n, h in header.items()}
         self.bytes = end - 8 - length
 
     def read(self, name: str) -> Tensor:
@@ -182,6 +181,8 @@ class _Pickle:
             raise CorruptCheckpoint(
                 explain(str(self.path), "a torch file of tensors", reason or "no pickle", again)
             ) from error
+        except PermissionError:
+            raise
         except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
             came = f"{self.path.stat().st_size} bytes that torch cannot read ({error})"
             raise CorruptCheckpoint(
@@ -225,7 +226,14 @@ class TensorFiles:
         index = self._index(found[0]) if found[0].suffix == ".json" else {}
         for shard in sorted(set(index.values())) or [found[0].name]:
             path = folder / shard
-            file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
+            try:
+                file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
+            except OSError as error:
+                came = error.strerror or str(error)
+                todo = "Give yourself the right to read it, or copy the folder to where you have."
+                raise CheckpointError(
+                    explain(str(path), "a file that can be read", came, todo)
+                ) from error
             self._files[shard] = file
             self._where.update(dict.fromkeys(file.infos, shard))
         for name, shard in index.items():
@@ -294,12 +302,20 @@ def read_json(path: Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------- references
 
 
+def _local(reference: str) -> Path:
+    """The reference as a path here; a `~user` without a home stays as it is."""
+    try:
+        return Path(reference).expanduser()
+    except RuntimeError:
+        return Path(reference)
+
+
 def resolve(reference: str) -> Path:
     """The folder of a reference: a local folder, else a hub id `org/name` or `org/name@revision`.
 
     A local path always wins. Raises `CheckpointError` if it is neither, or the hub has no answer.
     """
-    path = Path(reference).expanduser()
+    path = _local(reference)
     if reference and path.is_dir():
         return path
     if path.is_file() or not _HUB_ID.fullmatch(reference):
@@ -309,7 +325,7 @@ def resolve(reference: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = reference.partition("@")
-    small = ["*.json", "*.txt", "*.model", "*.jinja"]
+    small = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.codes", "*.bpe"]
     # Folders inside a repository and consolidated* hold the same weights in other formats.
     skip = ["*/*", "consolidated*"]
     try:
@@ -336,13 +352,13 @@ def resolve(reference: str) -> Path:
 
 def _split(reference: str) -> tuple[str, str] | None:
     """(base, adapter) if the reference is `base+adapter`; a folder with + in its name is one."""
-    if Path(reference).expanduser().is_dir():
+    if _local(reference).is_dir():
         return None
     here = [i for i, letter in enumerate(reference) if letter == "+"]
     cuts = [(reference[:i], reference[i + 1 :]) for i in here]
 
     def known(part: str) -> float:
-        return Path(part).expanduser().is_dir() + 0.4 * bool(_HUB_ID.fullmatch(part))
+        return _local(part).is_dir() + 0.4 * bool(_HUB_ID.fullmatch(part))
 
     return max(cuts, key=lambda cut: known(cut[0]) + known(cut[1])) if cuts else None
 
@@ -518,17 +534,18 @@ class Entry:
 class Expert:
     """One fine-tuned model, full or adapter, under the base's tensor names.
 
-    `config` is the expert's own config.json (an adapter has none: the base's). `labels` are its
-    class names in order, None if it carries none. `prefix` stands before the base's names in the
-    expert ("bert."), `base_prefix` the other way round; "" if the names are equal. `tied` maps a
-    second name of a tensor to the base name it is read from. `notes` are plain sentences about what
-    a person should know. `adapter_config` is None for full checkpoints.
+    `folder` is where it is on this disk, an adapter's own for `base+adapter`. `config` is the
+    expert's own config.json (an adapter has none: the base's). `prefix` stands before the base's
+    names in the expert ("bert."), `base_prefix` the other way round; "" if the names are equal.
+    `tied` maps a second name of a tensor to the base name it is read from. `notes` are plain
+    sentences about what a person should know. `adapter_config` is None for full checkpoints.
     """
 
     def __init__(
         self,
         name: str,
         reference: str,
+        folder: Path,
         base: Checkpoint,
         files: TensorFiles,
         entries: dict[str, Entry],
@@ -540,12 +557,10 @@ class Expert:
         notes: list[str] | None = None,
         adapter_config: dict[str, Any] | None = None,
     ) -> None:
-        self.name, self.reference, self.config = name, reference, config
+        self.name, self.reference, self.folder, self.config = name, reference, folder, config
         self.base_prefix, self.prefix = prefixes
         self.tied, self.notes = tied or {}, notes or []
         self.adapter_config, self.is_adapter = adapter_config, adapter_config is not None
-        labels = None if self.is_adapter else config.get("id2label")
-        self.labels = [str(labels[k]) for k in sorted(labels, key=int)] if labels else None
         self._files = files
         # A head that the base has too, in another shape: its whole module goes, weight and bias.
         other = {n for n, e in entries.items() if e.info.shape != base.info(n).shape}
@@ -638,7 +653,7 @@ def _open_full(name: str, reference: str, folder: Path, base: Checkpoint) -> Exp
             tied[lost], entries[lost] = twin, entries[twin]
     prefixes, config = (before, after), own.config
     shared: dict[str, Any] = dict(config=config, prefixes=prefixes, tied=tied, notes=notes)
-    return Expert(name, reference, base, own.files, entries, heads, **shared)
+    return Expert(name, reference, folder, base, own.files, entries, heads, **shared)
 
 
 def open_expert(name: str, reference: str, base: Checkpoint) -> Expert:

@@ -152,7 +152,7 @@ def run(
     name them.
     """
     from .data import parse_inputs, text_of
-    from .runtime.answer import answer_texts
+    from .runtime.answer import KEYS, answer_texts
     from .runtime.load import load
 
     lines = _lines(file)
@@ -172,8 +172,9 @@ def run(
             progress=progress,
         )
         for row, result in zip(rows, results, strict=True):
-            # A column of the input that is called as one of ours is kept under another name.
-            kept = {f"input_{key}" if key in result else key: row[key] for key in row}
+            # A column that is called as one of ours is renamed in every row, also where this result
+            # has no such key: what a name means must not depend on the row.
+            kept = {f"input_{key}" if key in KEYS else key: row[key] for key in row}
             typer.echo(json.dumps(kept | result, ensure_ascii=False))
 
 

@@ -230,13 +230,19 @@ def sample(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(list(rows), min(count, len(rows)))
 
 
-def token_limit(model: Any, asked: int | None) -> int:
-    """The most tokens that a model takes: what was asked for, within its positions."""
+def known_positions(model: Any) -> int:
+    """How many positions a model has (a very large number where its config names no limit)."""
     config = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     pad_offset = getattr(config, "pad_token_id", 0) or 0
     if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= pad_offset + 1  # their positions start after the padding index
+    return positions
+
+
+def token_limit(model: Any, asked: int | None) -> int:
+    """The most tokens that a model takes: what was asked for, within its positions."""
+    positions = known_positions(model)
     if asked is not None and asked < 1:
         raise InputError(f"--max-tokens {asked}: expected at least 1.")
     if asked is not None and asked > positions:

@@ -48,7 +48,8 @@ def main(
 ) -> None:
     """Merge eight bundled LoRA experts and answer a mixed batch."""
     console = Console(highlight=False, width=None if Console().is_terminal else 150)
-    shutil.rmtree(out, ignore_errors=True)
+    if (out / "manifest.json").is_file():  # an earlier run's; anything else is refused below
+        shutil.rmtree(out)
     written = load_recipe(HERE / "recipe.yaml")
     found = base or bundled_base()
     if found is not None:

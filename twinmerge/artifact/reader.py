@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ArtifactError, CorruptArtifact, RouterError
@@ -58,7 +59,7 @@ class Artifact:
     @contextmanager
     def expert(self, name: str) -> Iterator[TensorMap]:
         """The tensors of one expert's file, read when asked for."""
-        with safe_open(self.folder / expert_file(name), framework="pt") as file:
+        with _opened(self.folder / expert_file(name)) as file:
             yield TensorMap(file)
 
     def router(self) -> dict[str, Tensor]:
@@ -80,8 +81,24 @@ class Artifact:
                 f"{self.folder}: the router was fitted on another shared expert. "
                 "Run 'twinmerge fit-router' again."
             )
-        with safe_open(self.folder / ROUTER, framework="pt") as file:
+        with _opened(self.folder / ROUTER) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file of ours; what is wrong with it is a `CorruptArtifact`.
+
+    Needed where digests were not compared, or a file changed since.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as problem:
+        raise CorruptArtifact(
+            f"{path}: expected a safetensors file as the manifest lists it, got one that cannot be "
+            f"read ({problem}). Copy the folder again, or rebuild."
+        ) from problem
 
 
 class TensorMap:

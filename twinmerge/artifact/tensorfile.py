@@ -31,7 +31,11 @@ _NAMES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
+    torch.complex64: "C64",
     torch.bool: "BOOL",
 }
 _METADATA = {"format": "pt"}

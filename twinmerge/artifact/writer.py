@@ -47,19 +47,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends without an error."""
     check_target(target)
     temporary: Path | None = None
+    # An empty folder makes way now: one that cannot (a mount point) is known before the work.
+    target = Path(os.path.abspath(target))
+    was_there = target.is_dir()
     try:
         with explained(target):
+            if was_there:
+                target.rmdir()
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            if target.is_dir():
-                target.rmdir()
             os.rename(temporary, target)
             temporary = None
+            was_there = False
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if was_there and not target.exists():
+            target.mkdir()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -77,6 +83,7 @@ def replace_text(path: Path, text: str) -> None:
 _CANNOT_WRITE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.EEXIST, errno.ENOTDIR, errno.ENOTEMPTY),
+    *(errno.EBUSY, errno.EINVAL),
 )
 
 

@@ -54,6 +54,7 @@ def expert_model(
             raise CheckpointError(
                 f"expert '{name}': its checkpoint has nothing for {', '.join(lacking[:3])}."
             )
+        plain.config.pad_token_id = model.config.pad_token_id  # what its rows are padded with
         return plain.eval()
     finally:
         expert.close()

@@ -118,7 +118,7 @@ def prepare(
 ) -> dict[str, Prepared]:
     """Tokenize the rows of every task. Raises `InputError` for missing columns or labels."""
     out = {}
-    outputs = {expert.name: expert.outputs for expert in model.manifest.experts}
+    outputs = model.outputs
     if not rows:
         raise InputError("expected rows of at least one task, got none.")
     limit = token_limit(model, max_tokens)

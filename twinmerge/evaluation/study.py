@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..artifact.format import MANIFEST
 from ..artifact.reader import Artifact
 from ..artifact.writer import replace_text
 from ..data import Encoded, batches, read_tasks, text_of
@@ -116,8 +118,13 @@ class Study:
 
     def artifact(self, name: str, recipe: Recipe) -> tuple[Path, float]:
         """Build, and how long it took."""
-        folder = self.work / name.replace(" ", "-").replace(",", "").replace("%", "percent")
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = (
+            self.work
+            / str(os.getpid())
+            / name.replace(" ", "-").replace(",", "").replace("%", "percent")
+        )
+        if (folder / MANIFEST).is_file():
+            shutil.rmtree(folder)
         started = time.perf_counter()
         build(recipe, folder)
         return folder, time.perf_counter() - started

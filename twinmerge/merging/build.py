@@ -39,6 +39,7 @@ from ..artifact.format import (
 )
 from ..artifact.tensorfile import TensorFileWriter, header_room, record
 from ..artifact.writer import check_space, check_target, whole_folder
+from ..errors import CheckpointError, NotFinite
 from ..recipe import Recipe
 from .exclusive import Factors, factorize, factorize_svd
 from .linalg import ProductSVD
@@ -58,6 +59,11 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "bpe.codes",
+    "vocab.bpe",
     "chat_template.jinja",
     "preprocessor_config.json",
     "processor_config.json",
@@ -198,14 +204,17 @@ class _Build:
             heads = read_heads(self.plan, tensor)
             drift.see_heads(heads)
             for name, head in zip(self._experts, heads, strict=True):
-                size = self._experts[name].add(tensor.name + HEAD, head.to(tensor.dtype))
+                own = _cast(head, tensor.dtype, tensor.name)
+                size = self._experts[name].add(tensor.name + HEAD, own)
                 shares[name] = Share(bytes=size, error=0.0)
         elif tensor.kind in ("buffer", "base_only"):
             value = self.plan.base.read(tensor.name)
             self._check_buffer(tensor, value)
-            shared.add(tensor.name, value.to(tensor.dtype))
+            shared.add(tensor.name, _cast(value, tensor.dtype, tensor.name))
         elif tensor.kind in ("matrix", "vector"):
             work = getattr(torch, self.plan.recipe.dtype)
+            if self.plan.base.info(tensor.name).dtype == torch.float64:
+                work = torch.float64  # a base of higher precision is not rounded on the way
             step = read_step(self.plan, tensor, work, affine=self._coefficients is not None)
             drift.see(step)
             shares = self._merge(step, shared)
@@ -228,7 +237,7 @@ class _Build:
         if step.vectors is not None:
             return self._merge_factored(step, shared)
         if step.experts is None and self._keeps_base:
-            shared.add(tensor.name, step.base.to(tensor.dtype))
+            shared.add(tensor.name, _cast(step.base, tensor.dtype, tensor.name))
             return {}
         experts = step.experts
         if experts is None:
@@ -236,7 +245,7 @@ class _Build:
         merged = merge(
             self._method.name, step.base, experts, self._parameters, self._generators(tensor.name)
         )
-        stored = merged.to(tensor.dtype)
+        stored = _cast(merged, tensor.dtype, tensor.name)
         shared.add(tensor.name, stored)
         shares = {}
         if self.plan.cut.none:
@@ -245,8 +254,12 @@ class _Build:
         stored = stored.to(step.base.dtype)
         if tensor.matrix is None:
             for own, (name, writer) in zip(experts, self._experts.items(), strict=True):
-                size = writer.add(tensor.name + DELTA, (own - stored).to(tensor.dtype))
-                shares[name] = Share(bytes=size, error=0.0)
+                delta = own - stored
+                kept = _cast(delta, tensor.dtype, tensor.name)
+                size = writer.add(tensor.name + DELTA, kept)
+                norm = float(delta.norm())
+                error = float((delta - kept.to(delta.dtype)).norm()) / norm if norm else 0.0
+                shares[name] = Share(bytes=size, error=error)
             return shares
 
         view = tensor.matrix
@@ -275,7 +288,8 @@ class _Build:
         b = torch.cat([v.b for _, v in held], dim=1)
         dtype = step.base.dtype
         update = (b.to(dtype) * c[owner].to(dtype)) @ a.to(dtype)
-        shared.add(tensor.name, (step.base + update.view(step.base.shape)).to(tensor.dtype))
+        merged = step.base + update.view(step.base.shape)
+        shared.add(tensor.name, _cast(merged, tensor.dtype, tensor.name))
         if self.plan.cut.none:
             return {}
         product = ProductSVD(b, a)
@@ -312,8 +326,6 @@ class _Build:
             if tensor.name in expert.missing():
                 continue  # constants that newer transformers no longer store
             if not torch.equal(expert.read(tensor.name), value):
-                from ..errors import CheckpointError
-
                 raise CheckpointError(
                     f"{tensor.name}: a {value.dtype} tensor, which cannot be merged and must be "
                     f"equal everywhere, but expert '{expert.name}' ({expert.reference}) has other "
@@ -353,9 +365,8 @@ class _Build:
         """Experts whose tokenizer has another vocabulary than the base's."""
         ours = _vocabulary(self.plan.base.folder)
         warnings = []
-        for expert, entry in zip(self.plan.experts, self.plan.recipe.models, strict=True):
-            folder = Path(entry.model)
-            theirs = _vocabulary(folder) if ours is not None and folder.is_dir() else None
+        for expert in self.plan.experts:
+            theirs = _vocabulary(expert.folder) if ours is not None else None
             if theirs is not None and theirs != ours:
                 warnings.append(
                     f"expert '{expert.name}': its tokenizer has another vocabulary than the "
@@ -394,6 +405,19 @@ def _vocabulary(folder: Path) -> object:
 def _shared_room(tensors: list[Planned]) -> int:
     entries = [(t.name, t.shape) for t in tensors if t.kind not in ("head", "tied")]
     return header_room(entries, sum(tensor.bytes for tensor in tensors))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` as `dtype`. Raises `NotFinite` where a finite number becomes infinite by it."""
+    out = tensor.to(dtype)
+    if dtype == torch.float16 and out is not tensor and not torch.isfinite(out).all():
+        if torch.isfinite(tensor).all():
+            largest = float(tensor.abs().max())
+            raise NotFinite(
+                f"{name}: holds {largest:g}, which float16 cannot (its largest number is 65504).\n"
+                "  Set out_dtype to bfloat16 or float32."
+            )
+    return out
 
 
 def _write(writer: TensorFileWriter, name: str, factors: Factors) -> Share:

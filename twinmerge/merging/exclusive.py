@@ -54,8 +54,8 @@ class Cut:
         """The rank to keep, given the singular values found."""
         rank = min(self.limit(out, in_), numerical_rank(s, out, in_))
         if self.energy is not None and rank:
-            energy = s[:rank].double().square()
-            kept = energy.cumsum(0) / energy.sum()
+            energy = s.double().square()  # all of it: `s` is the whole spectrum here
+            kept = energy[:rank].cumsum(0) / energy.sum()
             rank = min(rank, int((kept < self.energy - 1e-12).sum()) + 1)
         return rank
 

@@ -17,7 +17,7 @@ import torch
 
 from ..artifact.format import DELTA, HEAD, A, B, Kind
 from ..checkpoint import Checkpoint, Expert, TensorInfo, check_shapes, open_expert, some
-from ..errors import CheckpointError, MissingTensor, UnsupportedCheckpoint
+from ..errors import CheckpointError, MissingTensor, RecipeError, UnsupportedCheckpoint
 from ..recipe import Exclusive, Recipe
 from .exclusive import Cut, matrix_shape
 
@@ -98,8 +98,13 @@ class Plan:
         return sum(tensor.bytes for tensor in self.tensors)
 
     def disk_bytes(self) -> int:
-        """About what the artifact takes, at most."""
-        return self.shared_bytes() + len(self.experts) * self.expert_bytes()
+        """What the artifact takes at least, and at most where the recipe says a rank.
+
+        With `energy` or `full` the data decide how large the factors get; they are not counted.
+        """
+        if self.cut.energy is None and not self.cut.full:
+            return self.shared_bytes() + len(self.experts) * self.expert_bytes()
+        return self.shared_bytes()
 
     def peak_bytes(self) -> int:
         """About what the build holds at once: base, experts, and working copies of one tensor."""
@@ -140,7 +145,7 @@ def make_plan(recipe: Recipe) -> Plan:
     # First: that kinds of task differ says more than the tensors in which they do.
     model_class = _model_class(base, experts)
     tensors = [_planned_head(name, base, experts) for name in heads]
-    tied = _tied(base)
+    tied = _tied(base, experts)
     for name in base.names():
         info = base.info(name)
         dtype = getattr(torch, recipe.out_dtype) if recipe.out_dtype else info.dtype
@@ -152,6 +157,8 @@ def make_plan(recipe: Recipe) -> Plan:
             continue
         holders = [expert for expert in experts if name not in expert.missing()]
         if name in heads or not holders:
+            if name not in heads:
+                _check_optional(name, experts)
             tensors.append(Planned(name, "base_only", info.shape, dtype))
             continue
         if len(holders) < len(experts):
@@ -170,6 +177,8 @@ def make_plan(recipe: Recipe) -> Plan:
         tensors.append(Planned(name, "matrix" if matrix else "vector", info.shape, dtype, matrix))
     tensors.sort(key=lambda t: (-t.dtype.itemsize, t.name))
     configs, warnings = _configs(base, experts, recipe)
+    outputs = {expert.name: _outputs(expert, heads) for expert in experts}
+    _check_labels(recipe, outputs)
     warnings = [f"expert '{e.name}': {note}" for e in experts for note in e.notes] + warnings
     return Plan(
         recipe=recipe,
@@ -179,7 +188,7 @@ def make_plan(recipe: Recipe) -> Plan:
         cut=cut_of(recipe.exclusive),
         model_class=model_class,
         configs=configs,
-        outputs={expert.name: _outputs(expert, heads) for expert in experts},
+        outputs=outputs,
         warnings=warnings,
     )
 
@@ -214,8 +223,43 @@ def _planned_head(name: str, base: Checkpoint, experts: list[Expert]) -> Planned
     return Planned(name, "head", infos[experts[0].name].shape, dtype)
 
 
-def _tied(base: Checkpoint) -> dict[str, str]:
-    """Second names of tensors that the base stores twice: an output embedding and its input."""
+def _check_optional(name: str, experts: list[Expert]) -> None:
+    """Raise `MissingTensor` unless a base tensor that no expert has belongs to a part of its own.
+
+    Task models leave out whole parts of a base: its language-model head, its pooler. A tensor
+    beside others that the experts do have is missing.
+    """
+    depth = 3 if any(expert.base_prefix for expert in experts) else 2
+    parts = name.split(".")
+    for part in range(1, min(depth, len(parts))):
+        root = ".".join(parts[:part]) + "."
+        if not any(held.startswith(root) for expert in experts for held in expert.names()):
+            return
+    if "pooler" in name:
+        return
+    raise MissingTensor(
+        f"{name}: the base has it, no expert does, although the experts have other tensors of the "
+        "same part.\n  Save the experts again with all their weights."
+    )
+
+
+def _check_labels(recipe: Recipe, outputs: dict[str, int | None]) -> None:
+    """Raise `RecipeError` if an entry names another number of labels than its head has outputs."""
+    for entry in recipe.models:
+        count = outputs[entry.name]
+        if entry.labels is not None and count is not None and len(entry.labels) != count:
+            raise RecipeError(
+                f"expert '{entry.name}': labels: expected {count} names, one for each output of "
+                f"its head, got {len(entry.labels)}."
+                + (" An expert with one output (a regression) has none." if count == 1 else "")
+            )
+
+
+def _tied(base: Checkpoint, experts: list[Expert]) -> dict[str, str]:
+    """Second names of tensors that the base stores twice: an output embedding and its input.
+
+    Raises `CheckpointError` if an expert has two different tensors under these names.
+    """
     if not base.ties():
         return {}
     rows = base.vocabularies()
@@ -227,6 +271,14 @@ def _tied(base: Checkpoint) -> dict[str, str]:
             twin = next((t for t in tables if not _OUTPUT.search(t) and base.same(t, name)), None)
             if twin is not None:
                 tied[name] = twin
+                for expert in experts:
+                    untied = not torch.equal(expert.read(name), expert.read(twin))
+                    if name not in expert.missing() and untied:
+                        raise CheckpointError(
+                            f"{name}: in the base it equals {twin} (tied embeddings), in expert "
+                            f"'{expert.name}' ({expert.reference}) the two differ.\n  Write "
+                            '"tie_word_embeddings": false into the base\'s config.json.'
+                        )
     return tied
 
 

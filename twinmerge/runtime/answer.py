@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..data import Text, encode, pad, token_limit
+from ..data import Text, encode, known_positions, pad, token_limit
+from ..errors import InputError
 from .model import TwinModel
+
+KEYS = ("expert", "weight", "answer", "score", "weights", "truncated")
+"""All that a row's dictionary may hold."""
 
 # Rows whose weight is below this are left out of the printed weights (not of the computation).
 SHOWN_WEIGHT = 0.0005
@@ -25,10 +29,14 @@ def answer_texts(
     """One dictionary per text: `expert`, `weight`, `answer`, `score`, `weights`.
 
     `answer` is a label, a value (regression, then `score` is absent), or generated text.
-    `truncated` is there, and true, where a text was cut to the token limit.
+    `truncated` is there, and true, where a text was cut to the token limit. A prompt is also cut
+    where it leaves no room for `max_new_tokens` within the model's positions; `InputError` if they
+    leave none for the prompt.
     """
     limit = token_limit(model, max_tokens)
     generates = model.can_generate
+    if generates:
+        limit = min(limit, _prompt_room(model, max_new_tokens))
     tokenizer = model.tokenizer
     if generates:
         tokenizer.padding_side = "left"
@@ -44,6 +52,19 @@ def answer_texts(
             yield result | ({"truncated": True} if cut else {})
         if progress:
             progress(start + len(chunk), len(texts), "")
+
+
+def _prompt_room(model: TwinModel, max_new_tokens: int) -> int:
+    """The most tokens that a prompt may have."""
+    positions = known_positions(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return positions  # the answer has positions of its own
+    if max_new_tokens >= positions:
+        raise InputError(
+            f"--max-new-tokens {max_new_tokens}: expected fewer than the model's {positions} "
+            "positions, which prompt and answer share. Ask for fewer."
+        )
+    return positions - max_new_tokens
 
 
 def _answered(model: TwinModel, batch: dict[str, Any], task: str | None) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from ..errors import InputError, did_you_mean
 from .attach import differs, read_patches
 from .heads import HeadSwitch
 from .layers import Stacked
-from .load import body_names, load_shared
+from .load import body_names, load_shared, task_config
 from .model import TwinModel
 
 
@@ -70,7 +70,9 @@ class DenseMerge:
             parent, _, attribute = path.rpartition(".")
             index = self._head(weights, head)
             setattr(self.model.get_submodule(parent), attribute, copy.copy(switch.heads[index]))
-            self.model.config.num_labels = len(self.twin.labels[self.twin.experts[index]] or [0])
+            own = task_config(self.twin.folder, self.twin.manifest.experts[index])
+            for key in ("id2label", "label2id", "problem_type"):
+                setattr(self.model.config, key, getattr(own, key))
         return self.model
 
     def _head(self, weights: Tensor, head: str | None) -> int:

@@ -14,7 +14,9 @@ Outside a routing (`routing.routed`) every layer is the shared expert's own.
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
+from inspect import Parameter
 
 import torch
 from jaxtyping import Float, Int
@@ -189,21 +191,26 @@ class TwinEmbedding(_Mixing, nn.Embedding):
         weights = self._weights(input)
         if weights is None:
             return y
-        if input.ndim < 2:
-            raise UnsupportedModel(
-                f"{self.where}: expected ids of shape (batch, ...), got {tuple(input.shape)}: "
-                "whose rows these are cannot be told. Use model.merged(weights)."
-            )
+        _check_ids(self.where, input)
         z = F.embedding(input, self.b)
         z = z * _aligned(weights[:, self.owner].to(z.dtype), z.ndim)
         return y + z @ self.a
 
 
+def _check_ids(where: str, ids: Tensor) -> None:
+    if ids.ndim < 2:
+        raise UnsupportedModel(
+            f"{where}: expected ids of shape (batch, ...), got {tuple(ids.shape)}: "
+            "whose rows these are cannot be told. Use model.merged(weights)."
+        )
+
+
 class TwinLookup(_Wrapping):
     """An `nn.Embedding` of another class, such as Gemma's, which scales what it looks up.
 
-    The same lookup is done in the stacked B by a copy of the module; `__init__` checks on random
-    tables that the module is linear in its table, and raises `UnsupportedModel` if it is not.
+    The same lookup is done in the stacked B by a copy of the module, with whatever else it is
+    called with (BART's position tables take offsets). `__init__` checks that it is called with one
+    tensor, and on random tables that it is linear in its table; else it raises `UnsupportedModel`.
     """
 
     a: Tensor
@@ -212,23 +219,40 @@ class TwinLookup(_Wrapping):
     def __init__(self, inner: nn.Embedding, weight: Stacked, where: str):
         super().__init__()
         self.inner, self.where = inner, where
+        self.takes = self._first(inner)
         self.lookup = _looking_up(inner, weight.b)
         self._put(a=weight.a.contiguous(), owner=weight.owner)
         self._probe(inner)
 
-    def forward(self, input: Tensor) -> Tensor:
-        y = self.inner(input)
-        weights = self._weights(input)
+    def forward(self, *args, **kwargs) -> Tensor:
+        y = self.inner(*args, **kwargs)
+        ids = args[0] if args else kwargs[self.takes]
+        weights = self._weights(ids)
         if weights is None:
             return y
-        if input.ndim < 2:
+        _check_ids(self.where, ids)
+        z = self.lookup(*args, **kwargs)
+        if z.ndim != ids.ndim + 1 or z.shape[0] not in (1, len(weights)):
             raise UnsupportedModel(
-                f"{self.where}: expected ids of shape (batch, ...), got {tuple(input.shape)}: "
-                "whose rows these are cannot be told. Use model.merged(weights)."
+                f"{self.where}: expected {type(self.inner).__name__} to give (batch, ..., out) for "
+                f"ids {tuple(ids.shape)}, got {tuple(y.shape)}: whose rows these are cannot be "
+                "told. Use model.merged(weights)."
             )
-        z = self.lookup(input)
         z = z * _aligned(weights[:, self.owner].to(z.dtype), z.ndim)
         return y + z @ self.a
+
+    def _first(self, inner: nn.Embedding) -> str:
+        """The name of the one argument that `inner` needs."""
+        parameters = inspect.signature(inner.forward).parameters.values()
+        rest = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        needed = [p for p in parameters if p.default is Parameter.empty and p.kind not in rest]
+        if len(needed) != 1 or needed[0].kind is Parameter.KEYWORD_ONLY:
+            raise UnsupportedModel(
+                f"{self.where}: expected an embedding called with one tensor, but "
+                f"{type(inner).__name__}.forward takes "
+                f"({', '.join(map(str, parameters))}). " + STATIC_INSTEAD
+            )
+        return needed[0].name
 
     @torch.no_grad()
     def _probe(self, inner: nn.Embedding) -> None:

@@ -17,8 +17,9 @@ from transformers.utils import logging as hf_logging
 
 from ..artifact.format import ExpertRecord, Manifest, RouterRecord
 from ..artifact.reader import Artifact
-from ..errors import ArtifactError, CorruptArtifact, RouterError, UnsupportedModel
+from ..errors import ArtifactError, CorruptArtifact, InputError, RouterError, UnsupportedModel
 from .attach import attach_factors, attach_heads, parameter_names
+from .dryrun import dry_run
 from .heads import head_roots
 from .model import TwinModel
 from .router.mlp import RouterMLP
@@ -52,6 +53,8 @@ def load(
     if roots:
         skeletons = {e.name: _skeleton(artifact, e, manifest.model_class) for e in manifest.experts}
         attach_heads(model, skeletons, artifact, roots)
+    model.eval().requires_grad_(False)
+    dry_run(model, len(manifest.experts))
     problem: RouterError | None = None
     router: tuple[RouterMLP, RouterRecord] | None = None
     try:
@@ -59,7 +62,29 @@ def load(
     except RouterError as error:
         problem = error
     twin = TwinModel(model, manifest, artifact.folder, router, problem)
+    _settle_padding(twin)
     return twin.to(device).eval().requires_grad_(False)
+
+
+def _settle_padding(twin: TwinModel) -> None:
+    """One padding id for a decoder that classifies: the tokenizer's.
+
+    Such a model reads its answer off the last token that is not padding, and finds it by
+    `config.pad_token_id`. Bases of this kind name none, experts name one or another.
+    """
+    try:
+        own = json.loads((twin.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    classifies = type(twin.model).__name__.endswith("ForSequenceClassification")
+    if not classifies or own.get("pad_token_id") is not None:
+        return
+    try:
+        tokenizer = twin.tokenizer
+    except InputError:
+        return  # inputs will come as numbers, padded with the experts' own id
+    if tokenizer.pad_token_id is not None:
+        twin.config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_router(artifact: Artifact) -> tuple[RouterMLP, RouterRecord]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..artifact.format import Manifest, RouterRecord
+from ..artifact.format import ExpertRecord, Manifest, RouterRecord
 from ..errors import InputError, RouterError, did_you_mean
 from .heads import HeadSwitch
 from .router.features import FeatureReader
@@ -120,6 +120,7 @@ class TwinModel(nn.Module):
                     f"{self.folder}: holds no tokenizer that transformers can open ({problem}). "
                     "Give tokenized inputs instead of text."
                 ) from None
+            _give_padding(self._tokenizer, self.config)
         return self._tokenizer
 
     @property
@@ -127,16 +128,24 @@ class TwinModel(nn.Module):
         """Label names by expert, in the order of its logits; None for a regression or no head."""
         out: dict[str, list[str] | None] = {}
         for expert in self.manifest.experts:
-            stored = expert.config.get("id2label") or {}
-            if expert.outputs is None and "Classification" in type(self.model).__name__:
-                stored = stored or self._base_labels()  # a head that base and experts have alike
-            known = {int(key): str(value) for key, value in stored.items()}
-            width = expert.outputs or len(known)
-            if width < 2:
-                out[expert.name] = None
-            else:
-                out[expert.name] = [known.get(i, f"LABEL_{i}") for i in range(width)]
+            known, width = self._known_labels(expert), self.outputs[expert.name] or 0
+            named = [known.get(i, f"LABEL_{i}") for i in range(width)]
+            out[expert.name] = named if width > 1 else None
         return out
+
+    @property
+    def outputs(self) -> dict[str, int | None]:
+        """How many outputs each expert's head has: 1 for a regression, None without a head."""
+        return {
+            expert.name: expert.outputs or len(self._known_labels(expert)) or None
+            for expert in self.manifest.experts
+        }
+
+    def _known_labels(self, expert: ExpertRecord) -> dict[int, str]:
+        stored = expert.config.get("id2label") or {}
+        if expert.outputs is None and "Classification" in type(self.model).__name__:
+            stored = stored or self._base_labels()  # a head that base and experts have alike
+        return {int(key): str(value) for key, value in stored.items()}
 
     def _base_labels(self) -> dict[Any, str]:
         from transformers import AutoConfig
@@ -304,9 +313,18 @@ class TwinModel(nn.Module):
         return DenseMerge(self).at(self._as_weights(weights, 1)[0], head)
 
     def answers(self, output: TwinOutput) -> list[Answer]:
-        """The rows of a classification or regression output, in words."""
-        assert output.logits is not None and output.weights is not None
-        assert output.expert is not None
+        """The rows of a classification or regression output, in words.
+
+        Raises `InputError` unless the model gives one answer for a row.
+        """
+        if output.logits is None or output.logits.ndim != 2:
+            came = "no logits" if output.logits is None else f"logits {tuple(output.logits.shape)}"
+            raise InputError(
+                f"expected one answer per row: answers in words exist for logits of (batch, "
+                f"class), but {type(self.model).__name__} gave {came}. Call the model from Python "
+                "and read output.logits or output.model_output."
+            )
+        assert output.weights is not None and output.expert is not None
         labels = self.labels
         out = []
         for logits, weights, index in zip(
@@ -324,6 +342,15 @@ class TwinModel(nn.Module):
 
 
 _PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+def _give_padding(tokenizer: Any, config: Any) -> None:
+    """A tokenizer without a padding token (Llama, GPT-2) gets the model's, else the end token."""
+    if tokenizer.pad_token_id is None:
+        known = getattr(config, "pad_token_id", None)
+        token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)
+        if token is not None:
+            tokenizer.pad_token = token
 
 
 def _tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +28,7 @@ from ...artifact.reader import Artifact
 from ...artifact.tensorfile import record
 from ...artifact.writer import explained, replace_text
 from ...data import Text, batches, encode, sample, token_limit
-from ...errors import InputError
+from ...errors import InputError, OutputError
 from ...recipe import Router
 from ..load import load
 from ..model import TwinModel
@@ -36,6 +39,8 @@ Progress = Callable[[str, int, int], None]
 
 FEATURE_BATCH = 64
 CARD = "README.md"
+LOCK = ".fit-router.lock"
+STAGED = ".fitted"
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,20 @@ def fit_router(
 
     The feature layer (unless set) is the earliest whose held-out accuracy is within one standard
     error of the best: an early layer costs a smaller part of a forward. Returns what is recorded in
-    the manifest. Raises `InputError` for missing or too few rows.
+    the manifest. Raises `InputError` for missing or too few rows, `OutputError` while another
+    fit of the same artifact runs.
     """
+    with _alone(Path(folder)):
+        return _fit_router(Path(folder), texts, settings, max_tokens, progress)
+
+
+def _fit_router(
+    folder: Path,
+    texts: Mapping[str, Sequence[Text | str]],
+    settings: Router | None,
+    max_tokens: int | None,
+    progress: Progress | None,
+) -> RouterRecord:
     model = load(folder, check=True)
     settings = settings or Router.model_validate(model.manifest.recipe.get("router", {}))
     _check_rows(texts, model.experts)
@@ -120,7 +137,7 @@ def fit_router(
         max_tokens=limit,
         bytes=0,
     )
-    return store_router(artifact, best.mlp, entry)
+    return _store(artifact, best.mlp, entry)
 
 
 def choose_layer(accuracy: Mapping[int, float], rows: int) -> int:
@@ -251,10 +268,58 @@ def store_router(artifact: Artifact, mlp: RouterMLP, entry: RouterRecord) -> Rou
 
     All that is new is written beside the old. Then the old router leaves the manifest, the files
     change places, and the new one enters with the new manifest: a kill in between leaves an
-    artifact without a router, a full disk the old router.
+    artifact without a router, a full disk the old router. Raises `OutputError` for that, and while
+    another fit writes there.
     """
-    folder = artifact.folder
-    staged = {name: folder / f".{name}.fitted" for name in (ROUTER, CARD, MANIFEST)}
+    with _alone(artifact.folder):
+        return _store(artifact, mlp, entry)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the artifact for one fit. The lock goes with the process, so a kill leaves none.
+
+    What a killed fit left behind is removed. Where a file system has no locks, nothing is held.
+    """
+    if not (folder / MANIFEST).is_file():
+        yield  # no artifact: opening it says so
+        return
+    path = folder / LOCK
+    with explained(path):
+        file = open(path, "w")
+    with file:
+        held = _lock(file, path)
+        for left in folder.glob(f".*{STAGED}") if held else ():
+            left.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str], path: Path) -> bool:
+    """Whether the file is locked now; `OutputError` if another process or thread has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # An ended fit removes the file: the one that we opened may be gone.
+        ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except BlockingIOError:
+        ours = False
+    except (ImportError, OSError):
+        return False
+    if not ours:
+        raise OutputError(
+            f"{path.parent}: expected no other run at work here, but another fit-router is writing "
+            "here; wait for it, then run the same command again."
+        )
+    return True
+
+
+def _store(artifact: Artifact, mlp: RouterMLP, entry: RouterRecord) -> RouterRecord:
+    folder, mark = artifact.folder, f".{uuid4().hex}{STAGED}"
+    staged = {name: folder / f".{name}{mark}" for name in (ROUTER, CARD, MANIFEST)}
     try:
         with explained(folder / ROUTER):
             state = {name: tensor.contiguous() for name, tensor in mlp.state_dict().items()}
