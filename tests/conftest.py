@@ -10,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Models here are tiny: threads inside an operation only wait for each other.
+torch.set_num_threads(1)
+
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal numbers that depend on the seed alone."""

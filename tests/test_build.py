@@ -725,7 +725,7 @@ def test_the_tokenizer_goes_along_and_another_vocabulary_is_warned_of(zoo, tmp_p
     lora = adapter(model, tmp_path / "lora", target_modules=["query"], r=2)
     for file in Path(experts["code"]).glob("tokenizer*"):
         (tmp_path / "lora" / file.name).write_bytes(file.read_bytes())
-    both = merge(base, {"one": base, "law": f"{base}+{lora}"}, tmp_path / "both")
+    both = merge(base, {"law": f"{base}+{lora}"}, tmp_path / "both")
     assert "expert 'law': its tokenizer has another vocabulary" in "".join(both.warnings)
     manifest = merge(base, experts, tmp_path / "out")
     (warning,) = manifest.warnings

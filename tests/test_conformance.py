@@ -362,7 +362,7 @@ def test_answers_in_words_exist_for_one_answer_per_row_only(zoo, tmp_path):
     twin = zoo.twin("bert tokens")
     output = twin(**batch_of(FAMILIES["bert tokens"]), task="math")
     with pytest.raises(
-        InputError, match=r"\(batch, class\), but BertForTokenClassification gave lo"
+        InputError, match=r"\(batch, class\), but BertForTokenClassification gave"
     ):
         twin.answers(output)
     headless = Family(tf.BertModel, tf.BertModel, tf.BertConfig, BERT)
