@@ -361,9 +361,7 @@ def test_answers_name_the_expert_and_its_own_label(zoo):
 def test_answers_in_words_exist_for_one_answer_per_row_only(zoo, tmp_path):
     twin = zoo.twin("bert tokens")
     output = twin(**batch_of(FAMILIES["bert tokens"]), task="math")
-    with pytest.raises(
-        InputError, match=r"\(batch, class\), but BertForTokenClassification gave"
-    ):
+    with pytest.raises(InputError, match=r"\(batch, class\), but BertForTokenClassification gave"):
         twin.answers(output)
     headless = Family(tf.BertModel, tf.BertModel, tf.BertConfig, BERT)
     models = made(headless, tmp_path)
@@ -485,6 +483,18 @@ def test_an_expert_layer_that_mixes_rows_is_refused_at_load(tmp_path):
     with pytest.raises(
         UnsupportedModel, match=r"relative_attention_bias: expected .* got \(5, 5\)"
     ):
+        load(tmp_path / "out")
+
+
+def test_an_encoder_decoder_with_relative_positions_is_refused_at_load(tmp_path):
+    sizes = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    marks = dict(pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    t5 = Family(
+        tf.T5Model, tf.T5ForSequenceClassification, tf.T5Config, sizes | marks, heads=(2, 3, 1)
+    )
+    made_ = made(t5, tmp_path)
+    merge(made_.base, made_.experts, tmp_path / "out")
+    with pytest.raises(UnsupportedModel, match="relative_attention_bias: expected a first axis"):
         load(tmp_path / "out")
 
 

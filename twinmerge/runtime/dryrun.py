@@ -8,6 +8,7 @@ end in an error here, at load, and not in a wrong number later.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,14 +27,15 @@ def dry_run(model: nn.Module, experts: int) -> None:
 
     A model that cannot be run on made-up inputs at all, weights or no weights, is not judged.
     """
-    inputs = _inputs(model)
-    if inputs is None:
-        return
     heads = torch.arange(ROWS) % experts
-    try:
-        with routed(Routing(None, heads)):
-            plain = _first(model(**inputs))
-    except Exception:  # any model at all may stand here; this one wants other inputs
+    for inputs in _inputs(model):
+        try:
+            with routed(Routing(None, heads)):
+                plain = _first(model(**inputs))
+            break
+        except Exception:  # any model at all may stand here; this one wants other inputs
+            continue
+    else:
         return
     weights = torch.rand(ROWS, experts, generator=torch.Generator().manual_seed(0))
     try:
@@ -53,8 +55,8 @@ def dry_run(model: nn.Module, experts: int) -> None:
         )
 
 
-def _inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Made-up inputs by the model's own name for them, None if it takes neither text nor images."""
+def _inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Made-up inputs by the model's own name for them; none if it takes neither text nor images."""
     config: Any = model.config
     name = getattr(model, "main_input_name", None)
     if name == "input_ids":
@@ -62,17 +64,18 @@ def _inputs(model: nn.Module) -> dict[str, Any] | None:
         words = getattr(text, "vocab_size", None) or 2
         # From the upper half: the lower ids are padding and other marks.
         ids = words // 2 + torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % (words - words // 2)
+        end = getattr(config, "eos_token_id", None)
+        if isinstance(end, int) and end < words:
+            ids[:, -1] = end  # encoder-decoders read their answer off it
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids[:, :-1]
-        return inputs
-    if name == "pixel_values":
+        yield inputs
+        yield inputs | {"decoder_input_ids": ids}
+    elif name == "pixel_values":
         size = getattr(config, "image_size", None) or 224
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = getattr(config, "num_channels", 3)
         dtype = next(model.parameters()).dtype
-        return {"pixel_values": torch.zeros(ROWS, channels, height, width, dtype=dtype)}
-    return None
+        yield {"pixel_values": torch.zeros(ROWS, channels, height, width, dtype=dtype)}
 
 
 def _first(output: Any) -> Tensor | None:

@@ -89,7 +89,7 @@ class TwinModel(nn.Module):
         return FeatureReader(self.model)
 
     @property
-    def config(self):
+    def config(self) -> Any:
         """The task model's configuration (labels are per expert: see `labels`)."""
         return self.model.config
 
