@@ -126,7 +126,7 @@ def speed() -> str | None:
             f"{run['largest_difference']:.0e} |"
         )
     run = data["runs"][0]
-    layers = ", ".join(str(r["router_layer"]) for r in data["runs"])
+    layers = " or ".join(dict.fromkeys(str(r["router_layer"]) for r in data["runs"]))
     lines += [
         "",
         f"{run['rows']} rows of {run['experts']} experts, {run['tokens']} tokens, all with soft "
@@ -163,6 +163,8 @@ def building() -> str | None:
     ]
     lines += [
         "",
+        "The peak does not grow with the model; it lies above (T + 2) × the largest tensor by a "
+        "constant that was not looked into. "
         f"{made_with(data['provenance'])}. From [`results/build.json`](results/build.json).",
     ]
     return "\n".join(lines)

