@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fill the README's tables from the JSON files in `results/`.
+"""Fill the tables of the READMEs from the JSON files in `results/` and beside the adapters.
 
     python benchmarks/tables.py [--check]
 
@@ -18,6 +18,7 @@ from typing import Any
 from twinmerge.evaluation.study import STATIC, TWIN
 
 ROOT = Path(__file__).parent.parent
+LORA = ROOT / "examples" / "glue-lora"
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -170,7 +171,28 @@ def building() -> str | None:
     return "\n".join(lines)
 
 
-TABLES = {"quality": quality, "per-task": per_task, "speed": speed, "building": building}
+def lora() -> str:
+    """Scores of the bundled adapters."""
+    scores = [json.loads(p.read_text()) for p in sorted(LORA.glob("experts/*/score.json"))]
+    lines = [
+        "| task | validation | test | test rows | train rows | epochs | learning rate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {s['task']} | {s['validation_score']:.4f} | {s['test_score']:.4f} | {s['test_rows']:,} | "
+        f"{s['train_rows']:,} | {s['epochs']} | {s['learning_rate']} |"
+        for s in scores
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "quality": quality,
+    "per-task": per_task,
+    "speed": speed,
+    "building": building,
+    "lora": lora,
+}
 
 
 def filled(text: str) -> str:
@@ -183,15 +205,17 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before)
-    if "--check" in sys.argv[1:]:
+    stale = 0
+    for page in (ROOT / "README.md", LORA / "README.md"):
+        before = page.read_text(encoding="utf-8")
+        after = filled(before)
         if before != after:
-            print("README.md differs from results/: run python benchmarks/tables.py")
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
-    return 0
+            stale = 1
+            if "--check" in sys.argv[1:]:
+                print(f"{page.name} differs from the results: run python benchmarks/tables.py")
+            else:
+                page.write_text(after, encoding="utf-8")
+    return stale if "--check" in sys.argv[1:] else 0
 
 
 if __name__ == "__main__":
