@@ -179,8 +179,8 @@ def lora() -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {s['task']} | {s['validation_score']:.4f} | {s['test_score']:.4f} | {s['test_rows']:,} | "
-        f"{s['train_rows']:,} | {s['epochs']} | {s['learning_rate']} |"
+        f"| {s['task']} | {s['validation_score']:.4f} | {s['test_score']:.4f} | "
+        f"{s['test_rows']:,} | {s['train_rows']:,} | {s['epochs']} | {s['learning_rate']} |"
         for s in scores
     ]
     return "\n".join(lines)
