@@ -149,7 +149,8 @@ def building() -> str | None:
         f"Building rank {b['rank']} factors of {b['experts']} experts ({b['bytes_read']:,} bytes "
         f"read, {b['bytes_written']:,} written) takes {b['build_seconds']:.2f} s; only reading and "
         "writing "
-        f"as many bytes takes {b['read_and_write_seconds']:.2f} s: **{b['ratio']:.1f}×**. Peak "
+        f"as many bytes takes {b['read_and_write_seconds']:.2f} s: {b['ratio']:.1f}× (aim: 3×). "
+        "Peak "
         "memory "
         f"{b['peak_memory_bytes'] / 1e6:.0f} MB; (T + 2) × the largest tensor is "
         f"{b['memory_bound_bytes'] / 1e6:.0f} MB.",

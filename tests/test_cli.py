@@ -331,7 +331,7 @@ def test_a_prompt_is_cut_to_what_new_tokens_leave_of_the_positions(call, fails, 
         (("--columns", "a,b,c"), b'{"a": "a"}\n', "expected one column, or two for a pair"),
         (("--device", "warp"), b"a\n", "--device warp: cannot be used here"),
         (("--max-tokens", "0"), b"a\n", "--max-tokens 0: expected at least 1"),
-        (("no-such-file.txt",), b"", "no-such-file.txt: cannot be read"),
+        (("no-such-file.txt",), b"", "no-such-file.txt: there is no such file"),
     ],
 )
 def test_a_wrong_request_of_run_is_one_message(words, stdin, message, fails, bench):
@@ -504,3 +504,11 @@ def test_a_mistake_of_ours_is_a_traceback(monkeypatch, bench):
     monkeypatch.setattr(sys, "argv", ["twinmerge", "inspect", str(bench.plain)])
     with pytest.raises(KeyError, match="a bug"):
         cli.main()
+
+
+def test_eval_tells_when_its_rows_may_be_those_that_the_router_was_fitted_on(call, bench, tmp_path):
+    for name in EXPERTS:
+        write_rows(tmp_path / f"{name}.jsonl", read_rows(next((bench.data / name).glob("test*"))))
+    done = call("eval", bench.routed, tmp_path, "--protocol", "oracle")
+    assert done.code == 0 and "has one file and no test part" in done.err
+    assert "no test part" not in call("eval", bench.routed, bench.data, "--rows", 2).err

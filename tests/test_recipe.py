@@ -405,3 +405,9 @@ def test_messages_name_the_file(tmp_path):
     file.write_text("base_model: b")
     with pytest.raises(RecipeError, match=r"recipe.yaml: models: missing. The experts."):
         load_recipe(file)
+
+
+@pytest.mark.parametrize(("written", "hint"), [("'10%'", "'10%'"), ("full", "'full'"), ("8", "8")])
+def test_a_bare_rank_is_told_where_it_goes(written, hint):
+    with pytest.raises(RecipeError, match=rf"exclusive: .* Write exclusive: {{rank: {hint}}}"):
+        Recipe.from_yaml(f"base_model: b\nmodels: [{{model: a}}]\nexclusive: {written}\n")

@@ -215,7 +215,7 @@ def evaluate(
     true task's head, routed weights. *oracle*: the true expert chosen. *shared*: the static merge
     alone, with the true task's head.
     """
-    from .data import read_tasks
+    from .data import read_tasks, task_files
     from .evaluation.reference import expert_model, score_plain
     from .evaluation.score import PROTOCOLS, Protocol, evaluate, prepare
     from .recipe import load_recipe
@@ -229,6 +229,14 @@ def evaluate(
     found, unused = read_tasks(data, model.experts, split)
     for name in unused:
         typer.echo(f"note: {data}: '{name}' is no expert of {out}; not scored", err=True)
+    whole = [name for name, path in task_files(data, split).items() if path.parent == data]
+    if whole:
+        typer.echo(
+            f"note: {data}: '{whole[0]}' has one file and no {split} part. If the router was "
+            "fitted on the same rows, routed scores flatter: keep rows apart in "
+            f"{whole[0]}/train.jsonl and {whole[0]}/{split}.jsonl",
+            err=True,
+        )
     if rows is not None:
         found = {name: table[:rows] for name, table in found.items()}
     prepared = prepare(model, found, max_tokens=max_tokens, columns=_columns(columns))
@@ -302,6 +310,8 @@ def _lines(file: Path | None) -> list[str]:
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         text = data.decode(ENCODING)
+    except FileNotFoundError:
+        raise InputError(f"{file}: there is no such file. Check the path.") from None
     except (OSError, UnicodeDecodeError) as problem:
         where = file or "standard input"
         raise InputError(f"{where}: cannot be read as UTF-8 text ({problem}).") from None

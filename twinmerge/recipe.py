@@ -497,7 +497,8 @@ def _said(detail: ErrorDetails) -> str:
             hint = " YAML did not read it as text: quote it."
         return f"{path}: expected text, got {_shown(got)}.{hint}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{path}: expected a mapping of keys to values, got {_kind(got)}."
+        hint = f" Write exclusive: {{rank: {_shown(got)}}}." if path == "exclusive" else ""
+        return f"{path}: expected a mapping of keys to values, got {_kind(got)}.{hint}"
     if kind == "tuple_type":
         return f"{path}: expected a list, got {_kind(got)}."
     expected = detail["msg"].replace("Input should be ", "expected ")
