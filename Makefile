@@ -21,7 +21,7 @@ test-quick: $(VENV)/all
 lint: $(VENV)/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # EXPERTS=folder of checkpoints, DATA=folder of tasks, BASE=folder or hub id of their base
 table: $(VENV)/all
