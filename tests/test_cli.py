@@ -512,3 +512,8 @@ def test_eval_tells_when_its_rows_may_be_those_that_the_router_was_fitted_on(cal
     done = call("eval", bench.routed, tmp_path, "--protocol", "oracle")
     assert done.code == 0 and "has one file and no test part" in done.err
     assert "no test part" not in call("eval", bench.routed, bench.data, "--rows", 2).err
+
+
+def test_a_wrong_folder_is_told_before_the_input_is_read(fails, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "expected a folder written by 'twinmerge merge'" in fails("run", tmp_path / "notes.txt")

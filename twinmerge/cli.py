@@ -151,10 +151,12 @@ def run(
     (a tab separates a pair); JSON lines hold `text` and `text_pair`, or columns as public data sets
     name them.
     """
+    from .artifact.reader import Artifact
     from .data import parse_inputs, text_of
     from .runtime.answer import KEYS, answer_texts
     from .runtime.load import load
 
+    Artifact(out, check=False)  # a wrong folder is told before standard input is waited for
     lines = _lines(file)
     rows = parse_inputs(lines, str(file or "standard input"))
     if not rows:
