@@ -545,3 +545,8 @@ def test_figures_come_with_commit_versions_and_hardware():
     assert found["hardware"]["threads"] == torch.get_num_threads()
     if (Path(__file__).parents[1] / ".git").exists():
         assert len(found["commit"].rstrip("+")) == 12
+
+
+def test_an_adapter_without_names_of_its_classes_is_warned_of(lora):
+    warnings = load(lora / "artifact").manifest.warnings
+    assert sum("carries no names of its" in warning for warning in warnings) == 2

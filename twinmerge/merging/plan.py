@@ -180,6 +180,13 @@ def make_plan(recipe: Recipe) -> Plan:
     configs, warnings = _configs(base, experts, recipe)
     outputs = {expert.name: _outputs(expert, heads) for expert in experts}
     _check_labels(recipe, outputs)
+    for expert, entry in zip(experts, recipe.models, strict=True):
+        if expert.is_adapter and entry.labels is None and (outputs[expert.name] or 0) > 1:
+            warnings.append(
+                f"expert '{expert.name}': an adapter carries no names of its "
+                f"{outputs[expert.name]} classes; answers will say LABEL_0 and so on. Give "
+                "`labels: [...]` beside its `model`."
+            )
     warnings = [f"expert '{e.name}': {note}" for e in experts for note in e.notes] + warnings
     return Plan(
         recipe=recipe,
