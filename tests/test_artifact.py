@@ -24,8 +24,8 @@ from tiny import EXPERTS, FAMILIES, batch_of, densely_merged, merge, opened, sha
 from twinmerge.artifact import writer
 from twinmerge.artifact.format import MANIFEST, ROUTER, Manifest, RouterRecord
 from twinmerge.artifact.reader import Artifact
-from twinmerge.artifact.tensorfile import TensorFileWriter, header_room, record
-from twinmerge.artifact.writer import check_space, replace_text, whole_folder
+from twinmerge.artifact.tensorfile import HashedFile, TensorFileWriter, layout, record
+from twinmerge.artifact.writer import check_space, explained, replace_text
 from twinmerge.errors import (
     ArtifactError,
     CorruptArtifact,
@@ -33,7 +33,7 @@ from twinmerge.errors import (
     RouterError,
     UnsupportedFormat,
 )
-from twinmerge.merging import build as building
+from twinmerge.merging import join as joining
 from twinmerge.runtime.load import load
 from twinmerge.runtime.router.mlp import RouterMLP
 
@@ -57,13 +57,14 @@ def drawn(shape: list[int], seed: int) -> torch.Tensor:
     return 100 * randn(torch.Size(shape).numel(), seed=seed).view(shape)
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], room: int | None = None):
-    if room is None:
-        entries = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        room = header_room(entries, sum(t.numel() * t.element_size() for t in tensors.values()))
-    file = TensorFileWriter(path, room)
-    sizes = {name: file.add(name, tensor) for name, tensor in tensors.items()}
-    return file.close(), sizes
+def write(path: Path, tensors: dict[str, torch.Tensor]):
+    laid = layout((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    file = TensorFileWriter(path, laid)
+    for name, tensor in tensors.items():
+        file.add(name, tensor)
+    written = file.close()
+    assert written.bytes == laid.bytes
+    return written
 
 
 @settings(
@@ -81,18 +82,18 @@ def test_a_file_reads_back_with_the_safetensors_library(entries, tmp_path):
         for i, (dtype, shape) in enumerate(entries)
     }
     path = tmp_path / "x.safetensors"
-    written, sizes = write(path, tensors)
+    written = write(path, tensors)
     loaded = load_file(path)
     assert set(loaded) == set(tensors)
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
         assert torch.equal(loaded[name], tensor)
-        assert sizes[name] == tensor.numel() * tensor.element_size()
     content = path.read_bytes()
     assert written.bytes == len(content)
     assert written.sha256 == hashlib.sha256(content).hexdigest() == record(path).sha256
     (length,) = struct.unpack("<Q", content[:8])
-    assert (8 + length) % 8 == 0 and len(content) == 8 + length + sum(sizes.values())
+    assert (8 + length) % 8 == 0
+    assert len(content) == 8 + length + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_a_view_is_written_as_it_looks(tmp_path):
@@ -109,30 +110,42 @@ def test_a_view_is_written_as_it_looks(tmp_path):
 
 
 def test_a_file_of_no_tensors_is_a_file(tmp_path):
-    room = header_room([("never", (3, 4)), ("came", ())], 10**12)
-    written, _ = write(tmp_path / "x.safetensors", {}, room)
+    write(tmp_path / "x.safetensors", {})
     assert load_file(tmp_path / "x.safetensors") == {}
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert written.bytes == 8 + room
 
 
 def test_tensors_out_of_order_or_given_twice_are_refused(tmp_path):
-    file = TensorFileWriter(tmp_path / "x.safetensors", 256)
-    file.add("a", torch.ones(2, dtype=torch.bfloat16))
+    a, b = ("a", torch.bfloat16, (2,)), ("b", torch.float32, (2,))
     with pytest.raises(ValueError, match="b: tensors must come in descending order of item size"):
-        file.add("b", torch.ones(2))
-    with pytest.raises(ValueError, match="a: written twice"):
+        layout([a, b])
+    with pytest.raises(ValueError, match="a: given twice"):
+        layout([a, a])
+    file = TensorFileWriter(tmp_path / "x.safetensors", layout([b, a]))
+    with pytest.raises(ValueError, match=r"expected \('b', torch.float32, \(2,\)\), got \('a'"):
         file.add("a", torch.ones(2, dtype=torch.bfloat16))
-    file.abandon()
-
-
-def test_a_header_that_does_not_fit_is_an_error_and_not_a_broken_file(tmp_path):
-    file = TensorFileWriter(tmp_path / "x.safetensors", 64)
-    file.add("a" * 100, torch.ones(2))
-    with pytest.raises(ValueError, match=r"x.safetensors: header of \d+ bytes, room 64"):
+    with pytest.raises(ValueError, match="expected .*, got .*float64"):
+        file.add("b", torch.ones(2, dtype=torch.float64))
+    file.add("b", torch.ones(2))
+    with pytest.raises(ValueError, match="x.safetensors: a did not come"):
         file.close()
-    file.abandon()
+
+
+def test_a_file_that_grows_knows_its_digest_and_goes_on_after_a_cut(tmp_path):
+    path = tmp_path / "x"
+    file = HashedFile(path)
+    file.write(b"abc")
+    length, digest = file.length, file.sha256()
+    file.write(b"lost in the crash")
+    file.close()
+    again = HashedFile(path, length)
+    assert again.sha256() == digest == hashlib.sha256(b"abc").hexdigest()
+    again.write(memoryview(b"def"))
+    written = again.close()
+    assert path.read_bytes() == b"abcdef" and written == record(path)
+    short = HashedFile(path, 100)  # shorter than it should be: seen by its length
+    assert short.close().bytes == 6 == path.stat().st_size
 
 
 # ---------------------------------------------------------------------- what others see of it
@@ -212,7 +225,7 @@ def test_nothing_in_the_folder_is_pickled(sharded):
 # ------------------------------------------------------------------------------ the manifest
 
 GOLDEN = """{
- "format_version": 1,
+ "format_version": 2,
  "recipe": {
   "base_model": "base",
   "models": [
@@ -232,6 +245,7 @@ GOLDEN = """{
   "dtype": "float32",
   "seed": 0,
   "exclusive": {
+   "form": "svd",
    "rank": 1
   },
   "router": {
@@ -283,13 +297,21 @@ GOLDEN = """{
    "experts": {
     "one": {
      "rank": null,
+     "storage": "whole",
+     "entries": null,
      "bytes": 16,
-     "error": 0.0
+     "error": 0.0,
+     "truncation": null,
+     "bound": null
     },
     "two": {
      "rank": null,
+     "storage": "whole",
+     "entries": null,
      "bytes": 8,
-     "error": 0.0
+     "error": 0.0,
+     "truncation": null,
+     "bound": null
     }
    }
   },
@@ -306,13 +328,21 @@ GOLDEN = """{
    "experts": {
     "one": {
      "rank": null,
+     "storage": "whole",
+     "entries": null,
      "bytes": 8,
-     "error": 0.0
+     "error": 0.0,
+     "truncation": null,
+     "bound": null
     },
     "two": {
      "rank": null,
+     "storage": "whole",
+     "entries": null,
      "bytes": 8,
-     "error": 0.0
+     "error": 0.0,
+     "truncation": null,
+     "bound": null
     }
    }
   },
@@ -345,23 +375,32 @@ GOLDEN = """{
    "experts": {
     "one": {
      "rank": 1,
+     "storage": "factors",
+     "entries": null,
      "bytes": 16,
-     "error": 0.0
+     "error": 0.0,
+     "truncation": 0.0,
+     "bound": 0.0
     },
     "two": {
      "rank": 1,
+     "storage": "factors",
+     "entries": null,
      "bytes": 16,
-     "error": 0.0
+     "error": 0.0,
+     "truncation": 0.0,
+     "bound": 0.0
     }
    }
   }
  ],
  "files": {
-  "model.safetensors": RECORD,
   "experts/one.safetensors": RECORD,
   "experts/two.safetensors": RECORD,
+  "model.safetensors": RECORD,
   "config.json": RECORD
  },
+ "budget": null,
  "router": null,
  "warnings": [],
  "versions": {
@@ -376,11 +415,8 @@ GOLDEN = """{
 
 def by_hand(folder: Path) -> None:
     """Two experts in numbers so plain that every field of the manifest can be told."""
-    eye = torch.eye(2)
-    for name, weight, outputs in [("base", 2 * eye, 0), ("one", None, 2), ("two", None, 1)]:
-        if weight is None:
-            weight = 2 * eye
-            weight[0, 0] += 0.5**0.5 if name == "one" else -(0.5**0.5)  # a quarter of its norm
+    for name, entry, outputs in [("base", 1.0, 0), ("one", 1.25, 2), ("two", 0.75, 1)]:
+        weight = torch.tensor([[entry, 0.0], [0.0, 0.0]])  # moved by a quarter of the base's norm
         bias = torch.tensor([1.0, 1.0]) * (0 if name == "base" else outputs)
         tensors = {"encoder.weight": weight, "encoder.bias": bias, "encoder.same": torch.ones(3)}
         if outputs:
@@ -435,11 +471,11 @@ def edit(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_an_unknown_format_version_says_which_one_this_release_reads(version, damaged):
     edit(damaged, format_version=version)
     with pytest.raises(
-        UnsupportedFormat, match=rf"version {version!r}; this .* reads version 1. Up"
+        UnsupportedFormat, match=rf"version {version!r}; this .* reads versions 1 and 2. Up"
     ):
         Artifact(damaged)
 
@@ -637,46 +673,60 @@ def test_an_empty_folder_and_missing_parents_are_fine(zoo, tmp_path):
     load(tmp_path / "a" / "b" / "c")
 
 
-def test_a_full_disk_leaves_nothing_behind(zoo, tmp_path, monkeypatch):
-    made, add, count = zoo.made("bert"), TensorFileWriter.add, []
+def test_a_full_disk_leaves_nothing_at_the_target_and_the_same_command_goes_on(
+    zoo, tmp_path, monkeypatch
+):
+    made, write, count = zoo.made("bert"), HashedFile.write, []
 
-    def fills_up(self, name, tensor):
-        count.append(name)
-        if len(count) == 9:
+    def fills_up(self, data):
+        count.append(self.path.name)
+        if len(count) == 30:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return add(self, name, tensor)
+        return write(self, data)
 
-    monkeypatch.setattr(TensorFileWriter, "add", fills_up)
-    with pytest.raises(OutputError, match="out: the disk is full; nothing was left behind. Free"):
-        merge(made.base, made.experts, tmp_path / "out")
-    assert left(tmp_path) == []
+    monkeypatch.setattr(HashedFile, "write", fills_up)
+    kept = r"out: the disk is full; nothing was left there. Free.* kept in .*\.out\.building\."
+    with pytest.raises(OutputError, match=f"(?s){kept}"):
+        merge(made.base, made.experts, tmp_path / "out", exclusive={"rank": 3})
+    assert left(tmp_path) == [".out.building"]
+    monkeypatch.undo()
+    merge(made.base, made.experts, tmp_path / "out", exclusive={"rank": 3})
+    assert left(tmp_path) == ["out"]
+    assert_same_files(tmp_path / "out", zoo.artifact("bert", 3))
 
 
-@pytest.mark.parametrize("where", ["model_card", "record"])
-def test_a_disk_that_fills_up_at_the_end_leaves_nothing_behind(where, zoo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["model_card", "copy_files"])
+def test_a_disk_that_fills_up_at_the_end_is_no_different(where, zoo, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     made = zoo.made("bert")
-    monkeypatch.setattr(building, where, full)
+    monkeypatch.setattr(joining, where, full)
     with pytest.raises(OutputError, match="the disk is full"):
-        merge(made.base, made.experts, tmp_path / "out")
-    assert left(tmp_path) == []
+        merge(made.base, made.experts, tmp_path / "out", exclusive={"rank": 3})
+    monkeypatch.undo()
+    seen = []
+    merge(made.base, made.experts, tmp_path / "out", exclusive={"rank": 3},
+          progress=lambda *at: seen.append(at))  # fmt: skip
+    assert len(seen) == 1 and left(tmp_path) == ["out"]  # nothing but the end was left to do
+    assert_same_files(tmp_path / "out", zoo.artifact("bert", 3))
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interruption_midway_leaves_nothing_behind(problem, zoo, tmp_path):
+def test_an_interruption_leaves_the_target_as_it_was_and_the_work_beside_it(problem, zoo, tmp_path):
     made = zoo.made("bert")
     (tmp_path / "out").mkdir()
 
     def progress(done, total, name):
         if done == 7:
-            assert len(left(tmp_path)) == 1  # the folder that grows; the empty target made way
+            assert left(tmp_path) == [".out.building", "out"]
             raise problem
 
     with pytest.raises(problem):
         merge(made.base, made.experts, tmp_path / "out", progress=progress)
-    assert left(tmp_path) == ["out"] and left(tmp_path / "out") == []
+    assert left(tmp_path) == [".out.building", "out"] and left(tmp_path / "out") == []
+    merge(made.base, made.experts, tmp_path / "out")
+    assert left(tmp_path) == ["out"]
 
 
 def test_too_little_space_is_told_before_the_work(tmp_path, zoo, monkeypatch):
@@ -694,19 +744,18 @@ def test_too_little_space_is_told_before_the_work(tmp_path, zoo, monkeypatch):
 def test_a_place_where_one_may_not_write_is_told(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"):
-        with whole_folder(tmp_path / "file" / "out"):
-            pass
+        with explained(tmp_path / "file" / "out"):
+            (tmp_path / "file" / "out").mkdir()
 
     with pytest.raises(OutputError, match="cannot be written .*Permission denied.*you may write"):
-        with whole_folder(tmp_path / "out"):
+        with explained(tmp_path / "out"):
             raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_other_system_errors_are_not_dressed_up(tmp_path):
     with pytest.raises(OSError, match="Input/output"):
-        with whole_folder(tmp_path / "out"):
+        with explained(tmp_path / "out"):
             raise OSError(errno.EIO, "Input/output error")
-    assert left(tmp_path) == []
 
 
 def test_a_text_file_is_replaced_in_one_step_or_left(tmp_path, monkeypatch):
@@ -745,12 +794,15 @@ def test_the_current_folder_is_a_target_like_any_other(zoo, tmp_path, monkeypatc
     assert left(tmp_path) == ["here"]
 
 
-def test_a_folder_that_cannot_make_way_is_told_before_the_work(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_make_way_is_told_before_the_work(zoo, tmp_path, monkeypatch):
+    def no_work(*_):
+        raise AssertionError("no work is done")
+
     def busy(self):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
+    made = zoo.made("bert")
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr(Path, "rmdir", busy)
     with pytest.raises(OutputError, match="cannot be written .Device or resource busy"):
-        with whole_folder(tmp_path / "volume"):
-            raise AssertionError("no work is done")
+        merge(made.base, made.experts, tmp_path / "volume", progress=no_work)

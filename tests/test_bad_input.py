@@ -342,17 +342,6 @@ def test_an_integer_buffer_must_be_equal_everywhere(zoo, broken, refused, tmp_pa
     assert torch.equal(stored, torch.arange(14))
 
 
-def test_eight_bit_floats_cannot_be_merged_without_a_scale(zoo, broken, refused):
-    made, name = zoo.made("llama"), "model.layers.0.mlp.up_proj.weight"
-
-    def quantise(tensors: Tensors) -> None:
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-
-    base = broken(made.base, quantise)
-    message = f"{name}: stored as torch.float8_e4m3fn, which cannot be merged without a scale"
-    refused(UnsupportedCheckpoint, message, base, made.experts)
-
-
 # ------------------------------------------------------------------------------------ others
 
 

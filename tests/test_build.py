@@ -35,8 +35,7 @@ from tiny import (
 from twinmerge.artifact.reader import Artifact
 from twinmerge.checkpoint import Checkpoint
 from twinmerge.errors import CheckpointError, MissingTensor, NotFinite, RecipeError
-from twinmerge.merging import build as building
-from twinmerge.merging import stream
+from twinmerge.merging import stream, work
 from twinmerge.merging.build import build
 from twinmerge.merging.plan import make_plan
 from twinmerge.recipe import Recipe
@@ -279,10 +278,10 @@ def test_an_adapter_among_full_checkpoints_is_merged_as_they_are(lora, tmp_path)
 
 
 def test_no_dense_difference_is_formed_for_adapters(lora, tmp_path, monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise AssertionError("a dense difference was decomposed")
 
-    monkeypatch.setattr(building, "factorize", fails)
+    monkeypatch.setattr(work, "factorize", fails)
     manifest = merge(lora.base, lora.adapters, tmp_path / "out", exclusive={"rank": 16})
     with pytest.raises(AssertionError, match="decomposed"):
         merge(lora.base, lora.full, tmp_path / "full", exclusive={"rank": 16})
@@ -551,7 +550,7 @@ def test_a_tied_output_embedding_is_one_tensor_with_one_pair_of_factors(zoo):
     assert not any(n.startswith("lm_head") for n in expert_tensors(folder, "math"))
     model = zoo.twin("llama tied").model
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.a.shape == model.model.embed_tokens.a.shape
+    assert model.lm_head.parts[0].owner.shape == model.model.embed_tokens.parts[0].owner.shape
 
 
 def test_a_base_that_stores_a_tied_tensor_twice_is_merged_once(zoo, tmp_path):
@@ -752,7 +751,7 @@ def test_the_recipe_is_kept_as_it_was_written(zoo, tmp_path, monkeypatch):
     made = zoo.made("bert")
     folder = Path(made.base).parent
     written = recipe("base", {"math": "math", "code": "code"}, seed=3)
-    building.build(written.resolved(folder), tmp_path / "out", written=written)
+    build(written.resolved(folder), tmp_path / "out", written=written)
     manifest = Artifact(tmp_path / "out").manifest
     assert manifest.base == "base" and [e.reference for e in manifest.experts] == ["math", "code"]
     assert (tmp_path / "out" / "recipe.yaml").read_text() == written.to_yaml()
@@ -818,11 +817,18 @@ def test_adapters_of_different_kinds_of_task_are_refused(lora, tmp_path):
         config.write_text(content)
 
 
-def test_drift_tells_apart_experts_that_share_only_some_tensors():
-    drift = stream.Drift(["a", "b", "c"])
-    drift.see_heads([torch.ones(2), torch.ones(2), torch.zeros(3)])
-    assert drift.alike == {(0, 1)}
-    drift.see_heads([torch.ones(2), torch.zeros(2), torch.zeros(2)])
-    assert drift.alike == set() and drift.check()[0].startswith(
-        "expert 'a': all its matrices equal"
-    )
+def test_experts_that_share_only_some_tensors_are_told_apart():
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    first = [torch.ones(2), torch.ones(2), torch.zeros(3)]
+    assert stream.unlike(pairs, first) == [(0, 2), (1, 2)]
+    assert stream.unlike([(0, 1)], [None, torch.ones(2), None]) == [(0, 1)]
+    assert stream.unlike([(0, 1)], [None, None, None]) == []
+    stream.refuse_twins(["a", "b"], set())
+    with pytest.raises(CheckpointError, match="experts 'a' and 'c': expected two different"):
+        stream.refuse_twins(["a", "b", "c"], {(0, 2), (1, 2)})
+    assert stream.drift_warnings({"a": 0.0, "b": 0.02, "c": 1.4}) == [
+        "expert 'a': all its matrices equal the base's.",
+        "expert 'c': its matrices are 1.40 of the base's norm away from the base; fine-tuning "
+        "moves them by a few hundredths, two unrelated models are about 1.4 apart. Was it tuned "
+        "from another base?",
+    ]

@@ -553,12 +553,14 @@ def test_an_index_that_lies_names_the_shard_or_the_tensor(tmp_path):
     for wrong, words in [
         (good | {some_name: other}, f"{other}.*{some_name}"),
         (good | {"ghost.weight": shard}, f"{shard}.*ghost.weight"),
+        ({n: s for n, s in good.items() if n != some_name}, f"{shard}.*{some_name}, which model"),
+        (good | {some_name: 3}, "a weight_map of tensors to files"),
         (good | {some_name: "model-9.safetensors"}, "model-9.safetensors.*no such file"),
         (good | {some_name: "../secret.safetensors"}, "secret"),
     ]:
         path.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(CorruptCheckpoint, match=f"(?s){words}"):
-            Checkpoint.open(str(tmp_path))
+            Checkpoint.open(str(tmp_path)).bytes()  # headers are read when they are needed
 
 
 def test_a_damaged_safetensors_file_is_named_with_its_bytes(tmp_path):
@@ -616,8 +618,9 @@ def test_a_damaged_bin_file_is_corrupt_and_not_called_unsafe(tmp_path):
         {"dtype": "F32", "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": None, "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
     ],
-    ids=["no shape", "shape of nothing", "no end"],
+    ids=["no shape", "shape of nothing", "no end", "dtype of nothing"],
 )
 def test_a_header_that_lacks_something_is_corrupt(entry, tmp_path):
     folder = saved(bert(), tmp_path / "task")
@@ -625,6 +628,28 @@ def test_a_header_that_lacks_something_is_corrupt(entry, tmp_path):
     path = Path(folder, "model.safetensors")
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
     with pytest.raises(CorruptCheckpoint, match="expected a safetensors header, got .* bytes"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]}},
+        {
+            "w": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+            "x": {"dtype": "U8", "shape": [2], "data_offsets": [2, 4]},
+        },
+    ],
+    ids=["too short", "less than nothing", "a hole", "an overlap"],
+)
+def test_a_header_whose_tensors_do_not_fill_the_file_is_corrupt(entries, tmp_path):
+    folder = saved(bert(), tmp_path / "task")
+    header = json.dumps(entries).encode()
+    path = Path(folder, "model.safetensors")
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    with pytest.raises(CorruptCheckpoint, match="bytes for tensor x, .* got bytes . to 4"):
         Checkpoint.open(folder)
 
 
@@ -659,17 +684,6 @@ def test_an_expert_knows_its_own_folder(tmp_path):
     assert open_expert("task", task, base).folder == tmp_path / "task"
     both = f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"
     assert open_expert("task", both, base).folder == tmp_path / "adapter"
-
-
-def test_quantised_weights_are_refused_by_method(tmp_path):
-    saved(bert(), tmp_path)
-    edit(tmp_path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedCheckpoint, match="(?s)gptq.*Dequantise.*bfloat16"):
-        Checkpoint.open(str(tmp_path))
-    edit(tmp_path / "config.json", quantization_config=None)
-    save_file({"a.qweight": torch.ones(2, dtype=torch.int32)}, tmp_path / "model.safetensors")
-    with pytest.raises(UnsupportedCheckpoint, match="a.qweight"):
-        Checkpoint.open(str(tmp_path))
 
 
 def test_an_unreachable_hub_is_one_error_that_says_what_to_do(monkeypatch):

@@ -1,7 +1,7 @@
 """The documents are true: their blocks run, their links lead somewhere, their tables are complete.
 
-Blocks of quickstart.md run in order, in one folder of tiny checkpoints. The comment above a block
-says what it is for:
+Blocks of quickstart.md and building.md run in order, each page in a folder of tiny checkpoints. The
+comment above a block says what it is for:
 
     (none)            console, bash: commands after `$ `; python: run, all in one namespace
     file: NAME        written to NAME first
@@ -202,9 +202,9 @@ def rows_into(folder: Path) -> None:
     (folder / "questions.txt").write_text("stocks fell\nthe team won\n")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("quickstart")
+    folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     checkpoints_into(folder)
     rows_into(folder)
@@ -221,24 +221,25 @@ def run(words: list[str], monkeypatch) -> int:
     return code if isinstance(code, int) else int(code is not None)
 
 
-def run_console(block: Block, monkeypatch, capsys) -> None:
+def run_console(page: str, block: Block, monkeypatch, capsys) -> None:
     todo = commands(block)
     for command in todo:
         capsys.readouterr()
         code = run(command.words, monkeypatch)
         come = capsys.readouterr()
-        where = f"quickstart.md, line {block.line}: {shlex.join(command.words)}"
+        where = f"{page}, line {block.line}: {shlex.join(command.words)}"
         wanted = int(block.verb == "fails" and command is todo[-1])
         assert code == wanted, f"{where}: exit code {code}\n{come.out}{come.err}"
         text = come.err if wanted else come.out
         assert is_shown(command.shown, text), f"{where}: other output came\n{text}"
 
 
-def test_every_block_of_the_quickstart_runs(world, monkeypatch, capsys):
+@pytest.mark.parametrize("page", ["quickstart.md", "building.md"])
+def test_every_block_of_the_page_runs(page, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setenv("COLUMNS", "160")
     names: dict[str, Any] = {}
-    for block in blocks((DOCS / "quickstart.md").read_text()):
+    for block in blocks((DOCS / page).read_text()):
         if block.verb == "not run":
             assert block.name, f"line {block.line}: say why it is not run"
         elif block.verb == "file":
@@ -250,10 +251,10 @@ def test_every_block_of_the_quickstart_runs(world, monkeypatch, capsys):
             assert paths and all(Path(block.name, path).is_file() for path in paths)
         elif block.language == "python":
             source = "\n" * block.line + block.text  # a traceback names the line of the page
-            exec(compile(source, "quickstart.md", "exec"), names)
+            exec(compile(source, page, "exec"), names)
         else:
             assert block.language in ("console", "bash"), f"line {block.line}: what is it for?"
-            run_console(block, monkeypatch, capsys)
+            run_console(page, block, monkeypatch, capsys)
 
 
 def test_the_example_of_a_new_method_registers_and_merges():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,14 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from twinmerge.artifact.codec import (
+    Sparse,
+    dequantise,
+    quantise,
+    row_bytes,
+)
 from twinmerge.errors import UnsupportedModel
+from twinmerge.runtime import parts as parts_module
 from twinmerge.runtime.layers import (
-    Stacked,
     TwinConv,
     TwinConv1D,
     TwinElementwise,
@@ -30,39 +38,92 @@ from twinmerge.runtime.layers import (
     TwinParameter,
     Whole,
 )
+from twinmerge.runtime.parts import Factors, Packed, Part, Scattered
+from twinmerge.runtime.parts import stacked as stack_parts
 from twinmerge.runtime.routing import Routing, current, routed
 
 T = 3
 """Experts."""
 
 
-def stacked(out: int, in_: int, seed: int, ranks: tuple[int, ...] = (2, 0, 3)) -> Stacked:
+@dataclass(frozen=True)
+class Matrix:
+    """What the experts know of one matrix: as a layer takes it, and written out densely."""
+
+    parts: tuple[Part, ...]
+    dense: torch.Tensor
+    """(expert, out, in)"""
+
+
+def stacked(out: int, in_: int, seed: int, ranks: tuple[int, ...] = (2, 0, 3)) -> Matrix:
     """Random factors of experts of several ranks; one has none."""
     owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-    return Stacked(
-        a=0.5 * randn(len(owner), in_, seed=seed),
-        b=0.5 * randn(out, len(owner), seed=seed + 1),
-        owner=owner,
-    )
+    a, b = 0.5 * randn(len(owner), in_, seed=seed), 0.5 * randn(out, len(owner), seed=seed + 1)
+    each = [b[:, owner == t] @ a[owner == t] for t in range(len(ranks))]
+    return Matrix((Factors(a, b, owner),), torch.stack(each))
+
+
+STORAGES = {
+    "float": ("float",) * T,
+    "int8": ("int8",) * T,
+    "int4": ("int4",) * T,
+    "sparse": ("half", "few", "few"),
+    "several ways": ("int8", "half", "float"),
+    "several other ways": ("few", "int4", "int8"),
+}
+
+
+def stored(matrix: Matrix, storages: tuple[str, ...]) -> Matrix:
+    """The same, expert t as `storages[t]`: rounded, or with few of its entries."""
+    factors, dense = matrix.parts[0], matrix.dense.clone()
+    parts: list[Part] = []
+    for t, storage in enumerate(storages):
+        mine = factors.owner == t
+        if storage == "float":
+            parts.append(Factors(factors.a[mine], factors.b[:, mine], factors.owner[mine]))
+        elif storage in ("half", "few"):
+            full = dense[t] if mine.any() else randn(*dense[t].shape, seed=t)
+            few = max(1, full.numel() // 40) if storage == "few" else full.numel() // 2
+            index = torch.randperm(full.numel(), generator=torch.Generator().manual_seed(t))
+            index = index[:few].sort().values
+            sparse = Sparse(full.flatten()[index], index, tuple(full.shape))
+            dense[t] = sparse.dense()
+            parts.append(Scattered(sparse, t))
+        elif mine.any():
+            bits = int(storage.removeprefix("int"))
+            a, b = quantise(factors.a[mine], bits), quantise(factors.b.T[mine], bits)
+            parts.append(Packed(a, b, factors.owner[mine]))
+            dense[t] = dequantise(b).T @ dequantise(a)
+    return Matrix(stack_parts(parts), dense)
 
 
 def whole(*shape: int, seed: int) -> Whole:
     return Whole(0.5 * randn(T, *shape, seed=seed))
 
 
-def mixed(patch: Stacked | Whole, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Σ_t w_t B_t A_t for one row's weights."""
-    if isinstance(patch, Whole):
-        return torch.einsum("e,e...->...", weights, patch.delta).view(shape)
-    return ((patch.b * weights[patch.owner]) @ patch.a).view(shape)
+def mixed(patch: Matrix | Whole, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Σ_t w_t D_t for one row's weights."""
+    each = patch.delta if isinstance(patch, Whole) else patch.dense
+    return torch.einsum("e,e...->...", weights, each).view(shape)
 
 
 class Case:
     """A layer, its patches by attribute, and something to call it with."""
 
     def __init__(self, inner: nn.Module, twin, patches: dict, x: torch.Tensor) -> None:
-        self.inner, self.patches, self.x = randomised(inner), patches, x
-        self.twin = twin(self.inner, patches)
+        self.inner, self.patches, self.x, self.make = randomised(inner), patches, x, twin
+        self.store("float")
+
+    def store(self, storage: str) -> Case:
+        """Make the layer of matrices stored in another way."""
+        if storage != "float":
+            self.patches = {
+                name: stored(patch, STORAGES[storage]) if isinstance(patch, Matrix) else patch
+                for name, patch in self.patches.items()
+            }
+        plain = {name: getattr(patch, "parts", patch) for name, patch in self.patches.items()}
+        self.twin = self.make(self.inner, plain)
+        return self
 
     def dense(self, weights: torch.Tensor) -> nn.Module:
         """The layer with its weights merged for one row."""
@@ -82,7 +143,11 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def affine(kind):
-    return lambda m, p: kind(m, p.get("weight"), p.get("bias"), "the.layer")
+    return lambda m, p: kind(m, p.get("weight", ()), p.get("bias"), "the.layer")
+
+
+def norm(module, patches):
+    return TwinLayerNorm(module, patches.get("weight"), patches.get("bias"), "the.layer")
 
 
 def table(kind):
@@ -155,19 +220,19 @@ CASES = {
     ),
     "layer norm": lambda: Case(
         nn.LayerNorm(6, eps=1e-3),
-        affine(TwinLayerNorm),
+        norm,
         {"weight": whole(6, seed=0), "bias": whole(6, seed=1)},
         randn(4, 7, 6, seed=9),
     ),
     "layer norm, gain only": lambda: Case(
-        nn.LayerNorm(6), affine(TwinLayerNorm), {"weight": whole(6, seed=0)}, randn(4, 7, 6, seed=9)
+        nn.LayerNorm(6), norm, {"weight": whole(6, seed=0)}, randn(4, 7, 6, seed=9)
     ),
     "layer norm, shift only": lambda: Case(
-        nn.LayerNorm(6), affine(TwinLayerNorm), {"bias": whole(6, seed=0)}, randn(4, 7, 6, seed=9)
+        nn.LayerNorm(6), norm, {"bias": whole(6, seed=0)}, randn(4, 7, 6, seed=9)
     ),
     "layer norm without bias": lambda: Case(
         nn.LayerNorm(6, bias=False),
-        affine(TwinLayerNorm),
+        norm,
         {"weight": whole(6, seed=0)},
         randn(4, 6, seed=9),
     ),
@@ -211,9 +276,22 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def case(request) -> Case:
-    return CASES[request.param]()
+MATRICES = [
+    name for name in CASES if any(isinstance(p, Matrix) for p in CASES[name]().patches.values())
+]
+
+
+@pytest.fixture(
+    params=[
+        *((name, "float") for name in CASES),
+        *((name, storage) for name in MATRICES for storage in STORAGES if storage != "float"),
+    ],
+    ids=lambda param: ", ".join(param),
+)
+def case(request, monkeypatch) -> Case:
+    name, storage = request.param
+    monkeypatch.setattr(parts_module, "BLOCK", 24)  # so that there are several blocks of each part
+    return CASES[name]().store(storage)
 
 
 def run(case: Case, weights: torch.Tensor | None, x: torch.Tensor | None = None) -> torch.Tensor:
@@ -318,7 +396,7 @@ def test_a_layer_can_be_copied_moved_and_asked_for_its_weight(case):
 )
 def test_a_linear_layer_is_linear_in_the_weights(batch, seq, ranks, seed):
     inner = randomised(nn.Linear(4, 3))
-    layer = TwinLinear(inner, stacked(3, 4, seed, ranks), whole(3, seed=seed), "the.layer")
+    layer = TwinLinear(inner, stacked(3, 4, seed, ranks).parts, whole(3, seed=seed), "the.layer")
     x, one, other = (randn(batch, *s, seed=seed + i) for i, s in enumerate([(seq, 4), (T,), (T,)]))
 
     def exclusive(weights):
@@ -328,6 +406,115 @@ def test_a_linear_layer_is_linear_in_the_weights(batch, seq, ranks, seed):
     torch.testing.assert_close(
         exclusive(one + 2 * other), exclusive(one) + 2 * exclusive(other), rtol=1e-4, atol=1e-4
     )
+
+
+# ------------------------------------------------------------------ quantised and sparse parts
+
+
+QUANTISED = ["int8", "int4"]
+
+
+def layer_of(storage: str, out: int = 40, in_: int = 70) -> Case:
+    patches = {"weight": stacked(out, in_, seed=0, ranks=(3, 2, 4)), "bias": whole(out, seed=2)}
+    x = randn(4, 7, in_, seed=9)
+    return Case(nn.Linear(in_, out), affine(TwinLinear), patches, x).store(storage)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_is_kept_in_memory_is_what_is_stored(storage):
+    parts = layer_of(storage).patches["weight"].parts
+    for part in parts:
+        held = {name: buffer.nbytes for name, buffer in part.named_buffers()}
+        held.pop("owner")
+        if isinstance(part, Packed):
+            rank = len(part.owner)
+            assert sum(held.values()) == rank * (
+                row_bytes(70, part.bits) + row_bytes(40, part.bits)
+            )
+        elif isinstance(part, Scattered):
+            assert sum(held.values()) == (4 + 2) * len(part.values) + 8 * (40 + 1)
+
+
+@pytest.mark.parametrize("storage", [name for name in STORAGES if name != "float"])
+@pytest.mark.parametrize("name", MATRICES)
+def test_no_more_than_a_block_is_written_out_at_a_time(name, storage, monkeypatch):
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
+                sizes.append(out.numel())
+            return out
+
+    monkeypatch.setattr(parts_module, "BLOCK", 1)  # less than a row: then a row
+    case = CASES[name]().store(storage)
+    parts = [part for part in case.twin.parts if not isinstance(part, Factors)]
+    for part in parts:
+        sizes.clear()
+        with Sizes():
+            blocks = list(part._blocks(torch.float32))
+        row = part.in_ + part.out if isinstance(part, Packed) else part.in_
+        assert max(sizes) <= row
+        assert len(blocks) == (len(part.owner) if isinstance(part, Packed) else part.out)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_layer_moved_to_another_type_and_back_keeps_what_is_quantised(storage, dtype):
+    case = layer_of(storage)
+    weights = randn(4, T, seed=7).softmax(dim=1)
+    want = rows(case, weights)
+    before = {n: b.clone() for n, b in case.twin.named_buffers() if not b.is_floating_point()}
+    case.twin.to(dtype)
+    with routed(Routing(weights, None)):
+        got = case.twin(case.x.to(dtype))
+    assert got.dtype == dtype
+    close = {torch.bfloat16: 0.05, torch.float16: 0.005, torch.float64: 1e-5}[dtype]
+    assert float((got - want).abs().max()) <= close * float(want.abs().max())
+    after = dict(case.twin.float().named_buffers())
+    assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
+    if storage in QUANTISED:
+        # The bias rides in floats beside the quantised weight.
+        part = case.twin.parts[1]
+        assert isinstance(part, Packed) and not any(b.is_floating_point() for b in part.buffers())
+
+
+def test_a_sparse_expert_whom_no_row_wants_is_not_even_written_out(monkeypatch):
+    case = layer_of("sparse")
+    seen = []
+    monkeypatch.setattr(
+        Scattered, "_blocks", lambda self, dtype, was=Scattered._blocks: seen.append(
+            int(self.owner)) or was(self, dtype),
+    )  # fmt: skip
+    weights = torch.tensor([[1.0, 0, 0], [0, 0, 2], [0, 0, 0], [1, 0, 0]])
+    torch.testing.assert_close(run(case, weights), rows(case, weights), rtol=1e-5, atol=1e-5)
+    assert seen == [0, 2]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    out=st.integers(1, 9), in_=st.integers(1, 20), share=st.floats(0, 1), block=st.integers(1, 50),
+    count=st.integers(0, 7), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_rows_and_blocks_of_a_sparse_part_are_those_of_the_whole(
+    out, in_, share, block, count, seed
+):
+    index = torch.randperm(out * in_, generator=torch.Generator().manual_seed(seed))
+    index = index[: round(share * out * in_)].sort().values
+    sparse = Sparse(randn(len(index), seed=seed), index, (out, in_))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts_module, "BLOCK", block)
+        part = Scattered(sparse, 1)
+        want = sparse.dense()
+        weights = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.5, 1.0]])
+        torch.testing.assert_close(
+            part.dense(weights, torch.float32), torch.stack([2 * want, 0.5 * want])
+        )
+        for other, turned in ((part.turned(), want.T), (part.one_channel(), want.reshape(1, -1))):
+            assert torch.equal(torch.cat(list(other._blocks(torch.float32))), turned)
+    ids = torch.randint(0, out, (2, count), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(part.look(ids, torch.float32), want[ids])
 
 
 # ---------------------------------------------------------------------- bare parameters
@@ -345,12 +532,13 @@ def test_a_bare_parameter_reads_as_one_per_row(shape):
     size = torch.Size(shape).numel() // shape[-1]
     patches = [whole(*shape, seed=1)]
     if size > 1:
-        patches.append(stacked(size, shape[-1], seed=1))
+        matrix = stacked(size, shape[-1], seed=1)
+        patches += [stored(matrix, storages) for storages in STORAGES.values()]
     weights = randn(4, T, seed=2)
     for patch in patches:
         bare = holder.token.detach().clone()
         twin = copy.deepcopy(holder)
-        mix = TwinParameter(twin.token.shape, patch, "the.token")
+        mix = TwinParameter(twin.token.shape, getattr(patch, "parts", patch), "the.token")
         parametrize.register_parametrization(twin, "token", mix)
         assert torch.equal(twin.token, bare)
         with routed(Routing(weights, None)):
@@ -432,7 +620,7 @@ class OnlyByName(nn.Embedding):
 def test_an_embedding_that_is_not_called_with_one_tensor_is_refused(kind):
     message = f"the.layer: expected .* called with one tensor, but {kind.__name__}.forward takes"
     with pytest.raises(UnsupportedModel, match=message):
-        TwinLookup(kind(9, 6), stacked(9, 6, seed=0), "the.layer")
+        TwinLookup(kind(9, 6), stacked(9, 6, seed=0).parts, "the.layer")
 
 
 @pytest.mark.parametrize(
@@ -458,7 +646,7 @@ def test_positions_without_a_batch_are_refused():
         def forward(self, input, flat=False):
             return super().forward(input[0] if flat else input)
 
-    layer = TwinLookup(Shifted(9, 6), stacked(9, 6, seed=0), "the.layer")
+    layer = TwinLookup(Shifted(9, 6), stacked(9, 6, seed=0).parts, "the.layer")
     with (
         routed(Routing(randn(4, T, seed=0), None)),
         pytest.raises(
@@ -470,12 +658,12 @@ def test_positions_without_a_batch_are_refused():
 
 def test_an_embedding_that_is_not_linear_in_its_table_is_refused():
     with pytest.raises(UnsupportedModel, match="the.layer: Normalises is not linear in its table"):
-        TwinLookup(Normalises(9, 6), stacked(9, 6, seed=0), "the.layer")
+        TwinLookup(Normalises(9, 6), stacked(9, 6, seed=0).parts, "the.layer")
 
 
 def test_a_grouped_convolution_is_refused():
     with pytest.raises(UnsupportedModel, match=r"the.layer: a grouped convolution \(groups=2\)"):
-        TwinConv(nn.Conv1d(4, 6, 3, groups=2), stacked(6, 6, seed=0), None, "the.layer")
+        TwinConv(nn.Conv1d(4, 6, 3, groups=2), stacked(6, 6, seed=0).parts, None, "the.layer")
 
 
 @pytest.mark.parametrize("name", ["embedding", "embedding that scales"])

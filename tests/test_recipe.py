@@ -1,12 +1,13 @@
 """The recipe: what is accepted, and every message for what is not."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from twinmerge.errors import RecipeError
-from twinmerge.merging.plan import cut_of
 from twinmerge.merging.shared import METHODS, get
 from twinmerge.recipe import Exclusive, Expert, Recipe, default_name, load_recipe
 
@@ -91,7 +92,69 @@ MERGEKIT = {
         parameters: {int8_mask: true}
         dtype: bfloat16
         """,
+    "breadcrumbs": """
+        models:
+          - {model: ./cola, parameters: {weight: 0.5, density: 0.9}}
+          - {model: ./sst2, parameters: {weight: [0.1, 0.9], density: 0.9, gamma: 0.02}}
+        base_model: ./base
+        merge_method: breadcrumbs
+        parameters: {gamma: 0.01, normalize: false, lambda: 1.0}
+        """,
+    "breadcrumbs_ties": """
+        models:
+          - {model: ./base, parameters: {weight: 1, density: 0}}
+          - {model: ./cola, parameters: {weight: 0.5}}
+          - {model: ./sst2, parameters: {weight: 0.5}}
+        base_model: ./base
+        merge_method: breadcrumbs_ties
+        parameters: {density: 0.9, gamma: 0.01}
+        """,
+    "della": """
+        models:
+          - {model: ./cola, parameters: {weight: 0.5, density: 0.5, epsilon: 0.1}}
+          - {model: ./sst2, parameters: {weight: 0.5, density: 0.5}}
+        base_model: ./base
+        merge_method: della
+        parameters: {epsilon: 0.2, lambda: 1.1, int8_mask: true}
+        """,
+    "della_linear": """
+        models:
+          - {model: ./cola, parameters: {weight: 0.5, density: [0.3, 0.7]}}
+          - {model: ./sst2, parameters: {weight: 0.5, density: 0.5}}
+        base_model: ./base
+        merge_method: della_linear
+        parameters: {epsilon: 0.1, rescale: false}
+        """,
+    "slerp": """
+        models:
+          - model: ./base
+          - model: ./cola
+        merge_method: slerp
+        base_model: ./base
+        parameters:
+          t:
+            - filter: self_attn
+              value: [0, 0.5, 0.3, 0.7, 1]
+            - filter: mlp
+              value: [1, 0.5, 0.7, 0.3, 0]
+            - value: 0.5
+        dtype: bfloat16
+        """,
+    "model_stock": """
+        models: [{model: ./cola}, {model: ./sst2}]
+        base_model: ./base
+        merge_method: model_stock
+        parameters: {filter_wise: true}
+        """,
+    "sce": """
+        models: [{model: ./cola}, {model: ./sst2}]
+        base_model: ./base
+        merge_method: sce
+        parameters: {select_topk: 0.1, int8_mask: true}
+        """,
 }
+OURS = {"tsv_m", "iso_c", "iso_cts"}
+"""Methods that mergekit 0.1.5 does not have."""
 
 
 def recipe(**changes: object) -> dict[str, object]:
@@ -130,7 +193,7 @@ def test_a_base_and_one_expert_are_a_recipe_and_the_rest_has_defaults():
     small = Recipe.from_yaml("{base_model: b, models: [{model: org/cola}]}")
     assert small.merge_method == "linear" and small.dtype == "float32" and small.out_dtype is None
     assert small.exclusive.rank == 16 and small.router.layer == "auto"
-    assert small.weight_parameters() == {"weight": 1.0, "normalize": True}
+    assert small.parameters_at("any", 0.0) == {"weight": 1.0, "normalize": True}
 
 
 def test_a_recipe_from_python_is_the_recipe_from_yaml():
@@ -153,13 +216,13 @@ def test_a_recipe_is_frozen():
 def test_a_mergekit_config_is_accepted_unchanged(method):
     ours = Recipe.from_yaml(MERGEKIT[method])
     assert ours.merge_method == method
-    assert [e.name for e in ours.models] == ["cola", "sst2"]
-    assert set(ours.weight_parameters()) == set(get(method).options)
-    assert len(ours.weight_parameters()["weight"]) == 2  # pyright: ignore
+    assert [e.name for e in ours.models] == ["cola", "sst2"][: 1 if method == "slerp" else 2]
+    assert set(ours.parameters_at("mlp", 0.5)) == set(get(method).options)
+    assert Recipe.from_yaml(ours.to_yaml()) == ours
 
 
 def test_every_method_is_covered_by_a_mergekit_config():
-    assert set(MERGEKIT) == set(METHODS)
+    assert set(MERGEKIT) == set(METHODS) - OURS
 
 
 def test_half_precision_as_dtype_is_how_the_result_is_stored_not_what_the_maths_runs_in():
@@ -170,7 +233,7 @@ def test_half_precision_as_dtype_is_how_the_result_is_stored_not_what_the_maths_
 
 
 def test_an_experts_own_parameter_wins_over_the_recipes_and_that_over_the_default():
-    values = Recipe.from_yaml(FULL).weight_parameters()
+    values = Recipe.from_yaml(FULL).parameters_at("any", 0.0)
     assert values == {
         "weight": [0.3, 0.4],
         "density": [0.5, 1.0],
@@ -179,7 +242,7 @@ def test_an_experts_own_parameter_wins_over_the_recipes_and_that_over_the_defaul
         "lambda": 2.0,
         "int8_mask": False,
     }
-    assert Recipe.from_yaml(FULL).weight_parameters("ties")["rescale"] is False
+    assert Recipe.from_yaml(FULL).parameters_at("any", 0.0, "ties")["rescale"] is False
 
 
 @pytest.mark.parametrize(
@@ -232,7 +295,10 @@ def test_paths_are_looked_up_beside_the_recipe_only_where_they_exist(tmp_path):
     ],
 )
 def test_a_rank_is_a_number_of_directions_of_the_matrix(exclusive, shape, rank):
-    assert cut_of(exclusive).limit(*shape) == rank
+    from twinmerge.merging.keep import keep_of
+
+    keep = keep_of(exclusive, [], 1, shared_bytes=0, whole_bytes=0)
+    assert keep.cut.limit(*shape) == rank
 
 
 @pytest.mark.parametrize(
@@ -257,13 +323,12 @@ def test_a_rank_is_a_number_of_directions_of_the_matrix(exclusive, shape, rank):
             "Move it to the top `parameters`.",
         ),
         (
-            recipe(parameters={"weight": [0, 1]}),
-            "parameters.weight: one number per model for now; mergekit's gradients and filters "
-            "are not supported, got [0, 1].",
+            recipe(models=[{"model": "a"}, {"model": "c", "parameters": {"weight": [0, "x"]}}]),
+            "models[1].parameters.weight[1]: expected a finite number, got 'x'.",
         ),
         (
-            recipe(parameters={"weight": [{"filter": "mlp", "value": 0.5}]}),
-            "parameters.weight: one number per model for now",
+            recipe(parameters={"weight": [{"filter": "mlp", "value": [0, 1, float("nan")]}]}),
+            "parameters.weight[0].value[2]: expected a finite number, got nan.",
         ),
         (recipe(parameters={"weight": "x"}), "parameters.weight: expected a finite number, got "),
         (recipe(parameters={"weight": None}), "parameters.weight: expected a finite number, got n"),
@@ -272,6 +337,10 @@ def test_a_rank_is_a_number_of_directions_of_the_matrix(exclusive, shape, rank):
         (recipe(parameters={"weight": True}), "parameters.weight: expected a finite number, got t"),
         (recipe(parameters={"normalize": 1}), "parameters.normalize: expected true or false, got"),
         (recipe(parameters={"density": 1.5}), "parameters.density: expected the fraction to keep"),
+        (
+            recipe(parameters={"density": 0}),
+            "parameters.density: expected the fraction to keep, above 0 and at most 1, got 0.",
+        ),
         (recipe(parameters=[1]), "parameters: expected a mapping of names to numbers, got a list."),
         (
             recipe(parameters={"weight": 0, "normalize": True}),
@@ -284,8 +353,12 @@ def test_a_rank_is_a_number_of_directions_of_the_matrix(exclusive, shape, rank):
             "models[1].model: 'base' is the base, and the base is no expert",
         ),
         (
-            recipe(models=[{"model": "a"}, {"model": "base", "parameters": {"weight": 1}}]),
-            "models[1].model: 'base' is the base, and the base is no expert",
+            recipe(models=[{"model": "a"}, {"model": "base", "parameters": {"normalize": True}}]),
+            "models[1].model: 'base' is the base, and the base is no expert: it takes no param",
+        ),
+        (
+            recipe(models=[{"model": "a"}, {"model": "base", "parameters": []}]),
+            "models[1].model: 'base' is the base, and the base is no expert: it takes no param",
         ),
         (
             recipe(models=[{"model": "x/a"}, {"model": "y/A"}]),
@@ -315,6 +388,48 @@ def test_a_rank_is_a_number_of_directions_of_the_matrix(exclusive, shape, rank):
             recipe(exclusive={"rank": 4, "energy": 0.5}),
             "exclusive: give `rank` or `energy`, not both.",
         ),
+        (
+            recipe(exclusive={"rank": 4, "budget": "6%", "energy": 0.5}),
+            "exclusive: give `rank`, `energy` or `budget`, not all three.",
+        ),
+        (
+            recipe(exclusive={"rank": "none", "budget": "6%"}),
+            "exclusive: `rank: none` keeps nothing, so `budget` says nothing. Leave one out.",
+        ),
+        (
+            recipe(exclusive={"density": 0.1}),
+            "exclusive.density: svd keeps directions, not entries. Add `form: magnitude` or",
+        ),
+        (
+            recipe(exclusive={"form": "magnitude"}),
+            "exclusive.density: missing. magnitude keeps this share of the entries: give a number",
+        ),
+        (
+            recipe(exclusive={"form": "dropout", "density": 0.1, "rank": 8}),
+            "exclusive.rank: only for `form: svd`. dropout keeps entries: give `density`.",
+        ),
+        (
+            recipe(exclusive={"scope": "all"}),
+            "exclusive.scope: only for `form: magnitude`, and the form is svd. Leave it out.",
+        ),
+        (
+            recipe(exclusive={"form": "dropout", "density": 0.1, "scope": "tensor"}),
+            "exclusive.scope: only for `form: magnitude`, and the form is dropout.",
+        ),
+        (
+            recipe(exclusive={"form": "magnitude", "density": 0.1, "dtype": "int4"}),
+            "exclusive.dtype: int4 is for the factors of `form: svd`. magnitude stores float32, ",
+        ),
+        (
+            recipe(exclusive={"form": "magnitude", "density": 0}),
+            "exclusive.density: expected greater than 0, got 0.",
+        ),
+        (
+            recipe(exclusive={"form": "magnitude", "density": 1.5}),
+            "exclusive.density: expected less than or equal to 1, got 1.5.",
+        ),
+        (recipe(exclusive={"form": "SVD"}), "exclusive.form: expected 'svd', 'magnitude' or 'dro"),
+        (recipe(exclusive={"dtype": "fp16"}), "exclusive.dtype: expected 'float32', 'float16', "),
         (recipe(router={"layer": "last"}), "router.layer: expected auto or an integer of at least"),
         (recipe(router={"dropout": 1}), "router.dropout: expected less than 1, got 1."),
         (recipe(seed=True), "seed: expected a valid integer, got true."),
@@ -407,7 +522,142 @@ def test_messages_name_the_file(tmp_path):
         load_recipe(file)
 
 
-@pytest.mark.parametrize(("written", "hint"), [("'10%'", "'10%'"), ("full", "'full'"), ("8", "8")])
-def test_a_bare_rank_is_told_where_it_goes(written, hint):
-    with pytest.raises(RecipeError, match=rf"exclusive: .* Write exclusive: {{rank: {hint}}}"):
-        Recipe.from_yaml(f"base_model: b\nmodels: [{{model: a}}]\nexclusive: {written}\n")
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ("'10%'", "{rank: '10%'}, of each matrix, or {budget: '10%'}, of all bytes"),
+        ("full", "{rank: 'full'}"),
+        ("8", "{rank: 8}"),
+        ("50MB", "{budget: '50MB'}"),
+        ("0.95", "{energy: 0.95}"),
+        ("magnitude", "{form: magnitude, density: 0.1}"),
+        ("int4", "{dtype: int4}"),
+        ("[8]", "{rank: 16}"),
+        ("yes", "{rank: 16}"),
+    ],
+)
+def test_a_bare_value_of_exclusive_is_told_where_it_goes(written, hint):
+    told = complaint(f"base_model: b\nmodels: [{{model: a}}]\nexclusive: {written}\n")
+    assert told.startswith("exclusive: expected a mapping of keys to values, got ")
+    assert told.endswith(f"Write exclusive: {hint}.")
+
+
+def test_all_that_does_not_fit_together_in_exclusive_is_told_at_once():
+    told = complaint(recipe(exclusive={"form": "magnitude", "rank": 8, "dtype": "int8"}))
+    paths = [line.split(":")[0].strip() for line in told.splitlines()]
+    assert paths[1:] == ["exclusive.rank", "exclusive.density", "exclusive.dtype"]
+
+
+@pytest.mark.parametrize(
+    "exclusive",
+    [
+        {"energy": 0.9, "dtype": "int8"},
+        {"budget": "6%", "rank": None},
+        {"budget": 5_000_000, "dtype": "int4"},
+        {"form": "magnitude", "density": 0.1},
+        {"form": "magnitude", "density": 0.1, "scope": "all", "dtype": "bfloat16"},
+        {"form": "dropout", "density": 1.0},
+        {"rank": "none"},
+    ],
+)
+def test_what_is_kept_survives_yaml_and_says_nothing_that_does_not_count(exclusive):
+    ours = Recipe.from_yaml(yaml.safe_dump(recipe(exclusive=exclusive)))
+    assert Recipe.from_yaml(ours.to_yaml()) == ours
+    assert Exclusive.model_validate_json(ours.exclusive.model_dump_json()) == ours.exclusive
+    assert (ours.exclusive.rank is None) == (exclusive.get("rank") is None)
+    scope = exclusive.get("scope", "tensor" if exclusive.get("form") == "magnitude" else None)
+    assert ours.exclusive.scope == scope
+
+
+@pytest.mark.parametrize(
+    ("budget", "size"),
+    [
+        ("6%", 60),
+        ("0.29%", 2),
+        ("29 %", 290),
+        ("250%", 2500),
+        ("50MB", 50_000_000),
+        ("50 mb", 50_000_000),
+        ("1.5GB", 1_500_000_000),
+        ("50MiB", 50 * 2**20),
+        ("64KiB", 65_536),
+        ("6B", 6),
+        (123_456, 123_456),
+    ],
+)
+def test_a_budget_is_a_share_of_the_shared_expert_or_a_size(budget, size):
+    assert Exclusive(budget=budget).budget_bytes(1000) == size
+    assert Exclusive(rank=4).budget_bytes(1000) is None
+
+
+WAYS = 'Write a share of the shared expert such as "6%", or a size such as "50MB" or "50MiB".'
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (0, "got 0, and nothing can be kept in no bytes. Write `rank: none` instead for a static"),
+        ("0%", "got '0%', and nothing can be kept in no bytes."),
+        (
+            6,
+            '6 of what? Write "6%" for a share of the shared expert\'s bytes, or a size such as '
+            '"6MB".',
+        ),
+        (0.06, '0.06 of what? Write "6%" for a share of the shared expert\'s bytes, or a size'),
+        ("6 percent", f"expected a size, got '6 percent'. {WAYS}"),
+        ("6", f"expected a size, got '6'. {WAYS}"),
+        ("50M", f"expected a size, got '50M'. {WAYS}"),
+        ("1,5GB", f"expected a size, got '1,5GB'. {WAYS}"),
+        (-6, f"expected a size, got -6. {WAYS}"),
+        (True, f"expected a size, got true. {WAYS}"),
+        ([6], f"expected a size, got [6]. {WAYS}"),
+        (5e6, "expected a whole number of bytes, got 5000000.0: write 5000000."),
+        ("0.1B", "'0.1B' is less than one byte."),
+    ],
+)
+def test_a_budget_that_is_none_is_told_what_to_write(budget, message):
+    assert f"exclusive.budget: {message}" in complaint(recipe(exclusive={"budget": budget}))
+
+
+@pytest.mark.parametrize(
+    ("method", "experts", "message"),
+    [
+        (
+            "slerp",
+            "abc",
+            "merge_method: slerp takes 1 or 2 experts beside the base, got 3: a, b, c. "
+            "Leave out experts, or choose another method.",
+        ),
+        (
+            "model_stock",
+            "a",
+            "merge_method: model_stock takes at least 2 experts beside the base, got 1: a. "
+            "Add experts, or choose another method.",
+        ),
+    ],
+)
+def test_a_method_says_how_many_experts_it_takes(method, experts, message):
+    models = [{"model": "base"}, *({"model": name} for name in experts)]
+    assert complaint(recipe(merge_method=method, models=models)) == message
+
+
+def test_what_mergekit_ignores_at_the_base_is_ignored():
+    models = [{"model": "base", "parameters": {"weight": "x", "density": 0}}, {"model": "a"}]
+    ours = Recipe.from_yaml(yaml.safe_dump(recipe(models=models)))
+    assert [e.name for e in ours.models] == ["a"]
+
+
+def test_every_example_of_the_docs_is_a_recipe():
+    page = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text()
+    examples = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    parts = [part for example in examples for part in yaml.safe_load_all(example)]
+    for part in parts:
+        Recipe.model_validate(recipe(merge_method="dare_ties") | part)
+    shown = {key for part in parts for key in part.get("exclusive", {})}
+    assert shown == set(Exclusive.model_fields)
+
+
+def test_probabilities_of_della_stay_within_0_and_1():
+    told = complaint(recipe(merge_method="della", parameters={"density": 0.9, "epsilon": 0.2}))
+    assert told.startswith("parameters.epsilon: density 0.9 ± epsilon 0.2 is not within (0, 1)")
+    Recipe.from_yaml(yaml.safe_dump(recipe(merge_method="della")))

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from twinmerge.checkpoint import (
@@ -198,7 +199,7 @@ def open_adapter(name: str, reference: str, folder: Path, base: Checkpoint) -> E
     if lacking := [k for k in ("r", "lora_alpha") if not isinstance(config.get(k), int | float)]:
         todo = "Copy the adapter's own adapter_config.json: without it the scale is unknown."
         raise CheckpointError(explain(thing, "r and lora_alpha", f"no {lacking[0]}", todo))
-    files = TensorFiles(folder, ("adapter_model",))
+    files = TensorFiles(folder, ("adapter_model",), beside=("adapter_config.json",))
     lora, plain = _sort(files)
     before, after, found = align(base.names(), [*(f"{m}.weight" for m in lora), *plain])
     ours = {own: ours for ours, own in found.items()}
@@ -216,7 +217,7 @@ def open_adapter(name: str, reference: str, folder: Path, base: Checkpoint) -> E
                 continue  # a copy of the base's own weight, which peft saves beside embeddings
             dense[ours[own]], infos[ours[own]] = stored, files.info(stored)
         elif any(f".{module}." in f".{own}" for module in saved):
-            heads[own] = Entry(own, files.info(stored), _reader(files, stored))
+            heads[own] = Entry(own, files.info(stored), _reader(files, stored), stored=(stored,))
         else:
             leftover.append(stored)
 
@@ -272,10 +273,34 @@ def _reader(files: TensorFiles, stored: str) -> Callable[[], Tensor]:
     return lambda: files.read(stored)
 
 
+# Numbers that are brought to another dtype at a time: whole tables never are.
+_BLOCK = 1 << 20
+
+
+def _blocks(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat pieces of two tensors of equal shape, in step; views, unless `other` is strided."""
+    yield from zip(one.view(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True)
+
+
 def _equal(tensor: Tensor, base: Checkpoint, name: str) -> bool:
-    return base.info(name).shape == tensor.shape and torch.equal(
-        tensor.float(), base.read(name).float()
+    return base.info(name).shape == tensor.shape and all(
+        torch.equal(x.float(), y.float()) for x, y in _blocks(tensor.contiguous(), base.read(name))
     )
+
+
+def _plus(weight: Float[Tensor, " *shape"], delta: Tensor) -> Float[Tensor, " *shape"]:
+    """`weight + delta` in the place of `delta`, in float32, or float64 if the weight is.
+
+    A base stored in float64 keeps its digits. Besides the sum, no copy of the weight is made.
+    """
+    total = delta.reshape(weight.shape).to(_wide(weight.dtype))
+    for part, own in _blocks(total, weight):
+        part += own.to(total.dtype)
+    return total
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _entry(
@@ -289,25 +314,25 @@ def _entry(
 ) -> Entry:
     """One base tensor under this adapter: replaced or not, plus factors, a bias or nothing."""
     whole = _reader(files, dense) if dense else lambda: base.read(name)
+    stored = (dense,) if dense else ()
+    if bias is not None and bias.bias is not None:
+        stored += (bias.bias,)
+    elif target is not None:
+        stored += (target.a, target.b)
     if target is None and bias is None:
-        return Entry(name, info, whole, lambda: None if dense else UNCHANGED)
+        return Entry(name, info, whole, lambda: None if dense else UNCHANGED, stored)
 
     def read() -> Tensor:
-        weight = whole()
-        # float32 or better: a base stored in float64 keeps its digits.
-        weight = weight if weight.dtype == torch.float64 else weight.float()
         if bias is not None:
-            return weight + bias.bias_delta()
+            return _plus(whole(), bias.bias_delta())
         assert target is not None
         factors = target.factors()
-        return weight + (factors.b @ factors.a).reshape(weight.shape)
-
-    dtype = torch.float64 if info.dtype == torch.float64 else torch.float32
+        return _plus(whole(), factors.b @ factors.a)
 
     def vector() -> LowRank | None:
         return target.factors() if target is not None and dense is None else None
 
-    return Entry(name, TensorInfo(info.shape, dtype), read, vector)
+    return Entry(name, TensorInfo(info.shape, _wide(info.dtype)), read, vector, stored)
 
 
 def _refuse_target(target: _Target, base: Checkpoint) -> None:

@@ -9,6 +9,7 @@ an `Expert` is told in `adapter.py`.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,12 +26,11 @@ from twinmerge.errors import (
     CheckpointError,
     MissingTensor,
     ShapeMismatch,
-    UnsupportedCheckpoint,
 )
+from twinmerge.quantised import refuse_config, refuse_gguf, refuse_names, refuse_scaled
 from twinmerge.weightfiles import TensorFiles, TensorInfo, explain, read_json, some
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[^\s+]+)?")
-_QUANTISED = re.compile(r"\.(qweight|qzeros|SCB|absmax|quant_state(\..+)?|weight_packed)$")
 # Constants that older transformers stored and newer ones recompute: nothing was learnt in them.
 _BUFFERS = re.compile(r"(position_ids|token_type_ids|inv_freq|attn\.(masked_)?bias)$")
 _OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?|vocab_projector)(\.|$)")
@@ -76,11 +76,14 @@ def _local(reference: str) -> Path:
 def resolve(reference: str) -> Path:
     """The folder of a reference: a local folder, else a hub id `org/name` or `org/name@revision`.
 
-    A local path always wins. Raises `CheckpointError` if it is neither, or the hub has no answer.
+    A local path always wins. Raises `CheckpointError` if it is neither, or the hub has no answer,
+    and `UnsupportedCheckpoint` for a GGUF file.
     """
     path = _local(reference)
     if reference and path.is_dir():
         return path
+    if path.is_file() and path.suffix == ".gguf":
+        refuse_gguf(repr(reference), path.parent, path.name)
     if path.is_file() or not _HUB_ID.fullmatch(reference):
         came = "a file" if path.is_file() else "nothing at that path"
         todo = "Name the folder that holds config.json or adapter_config.json, or a hub id."
@@ -88,7 +91,7 @@ def resolve(reference: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = reference.partition("@")
-    small = ["*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.codes", "*.bpe"]
+    small = ["*.json", "*.md", "*.txt", "*.model", "*.jinja", "*.spm", "*.codes", "*.bpe"]
     # Folders inside a repository and consolidated* hold the same weights in other formats.
     skip = ["*/*", "consolidated*"]
     try:
@@ -127,7 +130,7 @@ def _split(reference: str) -> tuple[str, str] | None:
 
 
 class Checkpoint:
-    """One full checkpoint as stored. Tensors are read one at a time; files stay open until `close`.
+    """One full checkpoint as stored. Tensors are read one at a time, from files opened when needed.
 
     `reference` is what the user wrote, `folder` where it is on this disk, `config` its config.json.
     """
@@ -137,23 +140,19 @@ class Checkpoint:
 
     @classmethod
     def open(cls, reference: str) -> Checkpoint:
-        """A local folder or hub id (`org/name@revision`). Reads headers only.
+        """A local folder or hub id (`org/name@revision`). Reads an index, or one header.
 
         Raises `CheckpointError`: nothing there, no config.json or weights; `CorruptCheckpoint`,
         `UnsafePickle`; `UnsupportedCheckpoint` for quantised weights.
         """
-        folder = resolve(reference)
+        folder, thing = resolve(reference), f"'{reference}'"
+        if not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
+            if found := sorted(path.name for path in folder.glob("*.gguf")):
+                refuse_gguf(thing, folder, some(found))
         config = read_json(folder / "config.json")
-        quantised = config.get("quantization_config") or config.get("compression_config")
-        todo = "Dequantise the model and save it in bfloat16 first; then give us that folder."
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-            came = f"weights quantised by {method or 'an unnamed method'}"
-            raise UnsupportedCheckpoint(explain(f"'{reference}'", "plain weights", came, todo))
-        files = TensorFiles(folder, ("model", "pytorch_model"))
-        if packed := [n for n in files.names() if _QUANTISED.search(n)]:
-            came = f"quantised ones (GPTQ, AWQ or bitsandbytes: {some(packed)})"
-            raise UnsupportedCheckpoint(explain(f"'{reference}'", "plain weights", came, todo))
+        refuse_config(thing, folder, config)
+        files = TensorFiles(folder, ("model", "pytorch_model"), beside=("config.json",))
+        refuse_names(thing, folder, files.names())
         return cls(reference, folder, config, files)
 
     def names(self) -> list[str]:
@@ -161,15 +160,32 @@ class Checkpoint:
         return self.files.names()
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype, from the header. Raises `MissingTensor`."""
-        return self.files.info(name)
+        """Shape and dtype, from the header of the file that holds it.
+
+        Raises `MissingTensor`, `CorruptCheckpoint` if that file is damaged, and
+        `UnsupportedCheckpoint` if the tensor is one of a quantised model.
+        """
+        info = self.files.info(name)
+        refuse_scaled(f"'{self.reference}'", self.folder, name, info, self.files)
+        return info
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored. Raises `MissingTensor`, `CorruptCheckpoint`."""
+        """The tensor as stored: a large one is the file itself, mapped, and takes no memory.
+
+        Raises `MissingTensor`, and `CorruptCheckpoint` if the file is not what it was at opening.
+        """
         return self.files.read(name)
 
+    def prefetch(self, name: str) -> None:
+        """Ask the kernel to read the tensor ahead. Returns at once and never fails."""
+        self.files.prefetch([name])
+
+    def identity(self) -> dict[str, list[int]]:
+        """{file name: [bytes, time of writing in ns]} of weights, index and config, at opening."""
+        return self.files.identity()
+
     def bytes(self) -> int:
-        """Bytes of all tensors; one storage under two names (.bin) counts once."""
+        """Of all tensors, from all headers; one storage under two names (.bin) counts once."""
         return self.files.bytes()
 
     def close(self) -> None:
@@ -197,8 +213,26 @@ class Checkpoint:
         return {size for size in sizes if isinstance(size, int)}
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same bits (compared only if shape and dtype agree)."""
-        return self.info(one) == self.info(other) and torch.equal(self.read(one), self.read(other))
+        """Whether two tensors hold the same bits. Reads up to the first that differs."""
+        return self.info(one) == self.info(other) and same_bits(self.read(one), self.read(other))
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit: NaN equals itself, 0 not -0.
+
+    No copies, and it stops at the first difference: two embeddings of a 70B model that are not tied
+    differ in their first row, and nothing more of them is read.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    # As integers: 8-bit floats cannot be compared, and NaN would differ from itself.
+    bits = _INTEGERS.get(one.dtype.itemsize, one.dtype)
+    return torch.equal(one.view(bits), other.view(bits))
 
 
 # --------------------------------------------------------------------------------- alignment
@@ -292,6 +326,8 @@ class Entry:
     info: TensorInfo
     read: Callable[[], Tensor]
     vector: Callable[[], LowRank | Unchanged | None] = lambda: None
+    stored: tuple[str, ...] = ()
+    """Names in the expert's own files of what `read` needs from there."""
 
 
 class Expert:
@@ -365,6 +401,27 @@ class Expert:
         """
         return self._entry(name).vector()
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same bits. Reads nothing for names of one tensor."""
+        x, y = self._entry(one), self._entry(other)
+        return x is y or (x.info == y.info and same_bits(x.read(), y.read()))
+
+    def prefetch(self, name: str) -> None:
+        """Ask the kernel to read ahead what `read` needs of the expert's own files.
+
+        Not the base's weight under an adapter: that is `base.prefetch`. Returns at once and never
+        fails.
+        """
+        with contextlib.suppress(MissingTensor):
+            self._files.prefetch(self._entry(name).stored)
+
+    def identity(self) -> dict[str, list[int]]:
+        """{file name: [bytes, time of writing in ns]} of its weights, index and config, at opening.
+
+        An adapter's own files; the base has an identity of its own.
+        """
+        return self._files.identity()
+
     def close(self) -> None:
         """Let go of the expert's files (the base stays open). A later `read` opens them again."""
         self._files.close()
@@ -393,7 +450,7 @@ def _open_full(name: str, reference: str, folder: Path, base: Checkpoint) -> Exp
         raise CheckpointError(explain(f"expert '{name}'", expected, came, todo))
 
     def entry(stored: str) -> Entry:
-        return Entry(stored, own.info(stored), lambda: own.read(stored))
+        return Entry(stored, own.info(stored), lambda: own.read(stored), stored=(stored,))
 
     entries = {n: entry(stored) for n, stored in found.items()}
     tied, heads, buffers = {}, {}, []

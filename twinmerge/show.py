@@ -72,6 +72,7 @@ def summarise(manifest: Any, out: Path) -> dict[str, Any]:
             key: getattr(manifest.router, key)
             for key in ("layer", "held_out_accuracy", "held_out_rows", "bytes")
         },
+        "budget": None if manifest.budget is None else manifest.budget.model_dump(),
         "warnings": list(manifest.warnings),
     }
 
@@ -114,6 +115,17 @@ def inspect_text(result: dict[str, Any]) -> None:
         f"\nbytes: shared {size['shared']:,}, experts {size['experts']:,}, router "
         f"{size['router']:,}, whole folder {size['all']:,}"
     )
+    if (budget := result["budget"]) is not None:
+        typer.echo(
+            f"budget: {budget['spent']:,} of {budget['bytes']:,} bytes spent; relative error "
+            f"{budget['error']:.4f}, where one rank for all (about {budget['even_rank']}) leaves "
+            f"{budget['even_error']:.4f} at the same bytes"
+            + (
+                f"; {budget['at_reach']} matrices might have used more rank than was computed"
+                if budget["at_reach"]
+                else ""
+            )
+        )
     router = result["router"]
     if router is None:
         typer.echo("router: none yet; fit one with 'twinmerge fit-router'")
@@ -150,6 +162,13 @@ def dry_run_text(result: dict[str, Any]) -> None:
             typer.echo(f"  {key.replace('_', ' ')}: {inner}")
     for warning in result["warnings"]:
         typer.echo(f"warning: {warning}")
+
+
+def part_text(result: dict[str, Any]) -> None:
+    typer.echo(
+        f"part {result['part']} of {result['of']} is done; when all are, run with "
+        f"--num-shards {result['of']} --join"
+    )
 
 
 def router_text(result: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The manifest: what an artifact holds, tensor by tensor, and how to know that it is whole.
 
-`docs/format.md` describes the folder; this module is its schema. Version 1.
+`docs/format.md` describes the folder; this module is its schema. Version 2;
+a manifest of version 1 is read as the manifest of version 2 that it amounts to.
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import CorruptArtifact, UnsupportedFormat
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ = (1, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 ROUTER = "router.safetensors"
 RECIPE = "recipe.yaml"
 
 # Suffixes of tensor names inside experts/<name>.safetensors
 A, B, DELTA, HEAD = ".a", ".b", ".delta", ".head"
+Q, SCALE = ".q", ".scale"  # behind .a and .b
+VALUES, MASK, INDEX = ".values", ".mask", ".index"
 
 Kind = Literal["matrix", "vector", "head", "buffer", "base_only", "tied"]
+Storage = Literal["factors", "int8", "int4", "mask", "index", "whole"]
 
 
 class _Record(BaseModel):
@@ -38,10 +43,31 @@ class Share(_Record):
     """What one expert keeps of one tensor."""
 
     rank: int | None = None
-    """Rank of the factors; None where the tensor is kept whole (vectors and heads)."""
+    """Rank of the factors; None where there are none (vectors, heads, sparse parts)."""
+    storage: Storage
+    """Float factors, quantised factors, entries under a mask or an index, or the whole tensor.
+    Version 1 knows factors and whole tensors, and does not write it: the rank tells."""
+    entries: int | None = None
+    """Entries kept of a sparse part; None of everything else."""
     bytes: int
     error: float
     """‖D - kept‖ / ‖D‖, D = expert minus shared, Frobenius; 0 where nothing is lost."""
+    truncation: float | None = None
+    """The same before the factors were rounded to how they are stored; None where not measured."""
+    bound: float | None = None
+    """The least error that this rank allows (Eckart-Young); None where it is not known."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "storage" not in data:
+            return {**data, "storage": "whole" if data.get("rank") is None else "factors"}
+        return data
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is stored: this expert adds nothing to the tensor."""
+        return self.rank == 0 or self.entries == 0
 
 
 class TensorRecord(_Record):
@@ -103,6 +129,23 @@ class RouterRecord(_Record):
     bytes: int
 
 
+class BudgetRecord(_Record):
+    """How a budget of bytes was spent over all matrices of all experts."""
+
+    bytes: int
+    """Asked for, all experts' files together."""
+    spent: int
+    """Of these: factors, vectors, heads and file headers."""
+    error: float
+    """√(Σ ‖D - kept‖² / Σ ‖D‖²) over all matrices of all experts."""
+    even_error: float
+    """The same if the same bytes are spent on one rank for all matrices."""
+    even_rank: int
+    """That rank (the median, where the rest of the bytes pays for one more in some)."""
+    at_reach: int
+    """Matrices that might have been given more rank than was computed for them."""
+
+
 class Manifest(_Record):
     """Everything that a reader needs to know before it opens a weight file."""
 
@@ -114,6 +157,8 @@ class Manifest(_Record):
     experts: tuple[ExpertRecord, ...]
     tensors: tuple[TensorRecord, ...]
     files: dict[str, FileRecord]
+    budget: BudgetRecord | None = None
+    """None where the recipe gives no budget."""
     router: RouterRecord | None = None
     warnings: tuple[str, ...] = ()
     versions: dict[str, str]
@@ -150,13 +195,15 @@ def parse_manifest(text: str, folder: Path) -> Manifest:
             f"{folder / MANIFEST}: expected JSON, but {problem}. Build the artifact again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in _READ:
         raise UnsupportedFormat(
             f"{folder / MANIFEST}: format version {version!r}; this release of twinmerge reads "
-            f"version {FORMAT_VERSION}. Upgrade twinmerge, or build the artifact again."
+            f"versions {' and '.join(map(str, _READ))}. Upgrade twinmerge, or build the artifact "
+            "again."
         )
     try:
-        return Manifest.model_validate(data)
+        # What is written back (by fit-router) is of the version whose fields it has.
+        return Manifest.model_validate(data | {"format_version": FORMAT_VERSION})
     except ValidationError as problem:
         where = ".".join(str(part) for part in problem.errors()[0]["loc"])
         raise CorruptArtifact(

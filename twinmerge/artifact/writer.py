@@ -1,15 +1,10 @@
-"""Writing a folder whole or not at all.
-
-Everything goes to a temporary folder beside the target, which is renamed when complete. Whatever
-goes wrong, the temporary folder is removed and the target is left as it was.
-"""
+"""Writing to places that may be taken, full, or not ours: told before the work, in words."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,32 +37,6 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends without an error."""
-    check_target(target)
-    temporary: Path | None = None
-    # An empty folder makes way now: one that cannot (a mount point) is known before the work.
-    target = Path(os.path.abspath(target))
-    was_there = target.is_dir()
-    try:
-        with explained(target):
-            if was_there:
-                target.rmdir()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            yield temporary
-            temporary.chmod(0o777 & ~_umask())
-            os.rename(temporary, target)
-            temporary = None
-            was_there = False
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if was_there and not target.exists():
-            target.mkdir()
-
-
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step: readers see the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.new")
@@ -88,15 +57,19 @@ _CANNOT_WRITE = (
 
 
 @contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into an `OutputError` that says what to do."""
+def explained(target: Path, kept: Path | None = None) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an `OutputError` that says what to do.
+
+    kept: a folder that may hold what was done so far
+    """
     try:
         yield
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"{target}: the disk is full; nothing was left behind. "
-                "Free some space or choose another disk, then run the same command again."
+                f"{target}: the disk is full; nothing was left there. Free some space or choose "
+                "another disk, then run the same command again."
+                + (f"\n  What was done is kept in {kept}." if kept and kept.is_dir() else "")
             ) from problem
         if problem.errno in _CANNOT_WRITE:
             raise OutputError(
@@ -104,9 +77,3 @@ def explained(target: Path) -> Iterator[None]:
                 "Choose a folder that you may write to."
             ) from problem
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -6,19 +6,29 @@ For expert t and one weight, `D_t = W_t - W_s`. We keep its best approximation o
     D_t ≈ B_t @ A_t        A_t: (rank, in)    B_t: (out, rank)
 
 Source: Lu et al., Twin-Merging, arXiv:2406.15479, section 3.3. Unlike the authors' code, which
-multiplies back to a dense matrix, we store and run the factors.
+multiplies back to a dense matrix, we store and run the factors. The other forms that the paper
+compares, a share of the entries themselves, are in `sparse.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..artifact.codec import dequantise, quantise
+from ..artifact.format import SCALE, A, B, Q, Storage
 from .linalg import SVD, numerical_rank, svd, truncated_svd
+
+BLOCK_ENTRIES = 1 << 20
+"""Entries of a residual that are formed at a time."""
+
+NEAR = 1e-4
+"""Below this share of `‖D‖²` an error is measured on the residual itself: as a difference of two
+squares in float32 it would be mostly rounding."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +72,28 @@ class Cut:
 
 @dataclass(frozen=True)
 class Factors:
-    """A low-rank matrix `b @ a`, and how far it is from what it stands for."""
+    """A low-rank matrix `b @ a`, and how far it is from what it stands for.
+
+    All errors are shares of `‖D‖` in the Frobenius norm, 0 for D = 0.
+    """
 
     a: Float[Tensor, "rank in"]
     b: Float[Tensor, "out rank"]
     error: float
-    """‖D - b a‖ / ‖D‖ in the Frobenius norm, of the factors as stored; 0 for D = 0."""
+    """Of the factors as stored, rounding or quantisation included."""
+    truncation: float = 0.0
+    """Of the truncated SVD before it was rounded to what is stored."""
+    bound: float = 0.0
+    """Eckart-Young: no matrix of this rank comes nearer."""
+    storage: Storage = "factors"
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    """What goes into the file, by suffix. `a` and `b` are what it stands for."""
+    squares: tuple[float, ...] = ()
+    """`‖D - b a‖²` if only the first 0, 1, ..., rank components are kept; where asked for."""
+    captured: tuple[float, ...] = ()
+    """The squares of the first 0, 1, ..., rank singular values, summed; where asked for."""
+    missed: float = 0.0
+    """How much more than the last of these the best factors may hold."""
 
     @property
     def rank(self) -> int:
@@ -89,49 +115,158 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def factorize(
-    delta: Float[Tensor, "out in"], cut: Cut, dtype: torch.dtype = torch.float32
+    delta: Float[Tensor, "out in"],
+    cut: Cut,
+    dtype: torch.dtype = torch.float32,
+    *,
+    bits: int | None = None,
+    by_rank: bool = False,
 ) -> Factors:
     """Best approximation of `delta` under `cut`, in the Frobenius norm, stored as `dtype`.
+
+    With `bits` (8 or 4) the factors are stored as integers with a scale for every group. With
+    `by_rank` the squared errors of all smaller ranks come along.
 
     Computes in float32 or better whatever comes in. Both factors carry half of the scale (√S), so
     neither is tiny or huge in half precision. Signs of singular vectors are arbitrary: compare
     `b @ a`, never `a`. Raises `ValueError` if `delta` holds NaN or infinity.
     """
     out, in_ = delta.shape
-    limit = cut.limit(out, in_)
-    if limit == 0 or not delta.any():
-        return _none(out, in_, dtype, error=1.0 if delta.any() else 0.0)
-    truncated = cut.rank is not None or cut.share is not None
-    found = truncated_svd(delta, limit) if truncated else svd(delta)
-    a, b = _split(found.cut(cut.of(found.s, out, in_)), dtype)
     work = delta if delta.dtype == torch.float64 else delta.float()
-    rest = torch.addmm(work, b.to(work.dtype), a.to(work.dtype), alpha=-1)
-    return Factors(a, b, float(rest.norm() / work.norm()))
+    square = squared_norm(work)
+    limit = cut.limit(out, in_)
+    if limit == 0 or (square == 0 and not work.any()):
+        return _nothing(out, in_, dtype, bits, square, by_rank)
+    truncated = cut.rank is not None or cut.share is not None
+    found = truncated_svd(work, limit) if truncated else svd(work)
+    found, missed = found.cut(cut.of(found.s, out, in_)), getattr(found, "missed", 0.0)
+    a, b, stored = _stored(found, dtype, bits)
+    squares = _squares(work, a.to(work.dtype), b.to(work.dtype), square)
+    left = squares[-1]
+    if left < NEAR * square:
+        left = _residual(work, a.to(work.dtype), b.to(work.dtype))
+    captured = [0.0, *found.s.double().square().cumsum(0).tolist()]
+    error = _share(left, square)
+    return Factors(
+        a,
+        b,
+        error,
+        truncation=min(error, _share(square - captured[-1], square)),
+        bound=min(error, _share(square - captured[-1] - missed, square)),
+        storage=_STORAGES[bits],
+        stored=stored,
+        squares=tuple(squares) if by_rank else (),
+        captured=tuple(captured) if by_rank else (),
+        missed=missed,
+    )
 
 
 @torch.no_grad()
 def factorize_svd(
-    found: SVD, cut: Cut, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+    found: SVD,
+    cut: Cut,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    bits: int | None = None,
+    by_rank: bool = False,
 ) -> Factors:
-    """Factors from an SVD that is already known and exact (that of LoRA factors).
-
-    The error is that of the truncation; rounding to a 16-bit `dtype` adds its own 2⁻⁸ (bfloat16)
-    or 2⁻¹¹ (float16) of each entry, which is not counted.
-    """
-    rank = cut.of(found.s, *shape)
+    """Factors from an SVD that is already known and exact (that of LoRA factors)."""
     energy = found.s.double().square()
-    error = float((energy[rank:].sum() / energy.sum()).sqrt()) if energy.sum() else 0.0
+    square = float(energy.sum())
+    rank = cut.of(found.s, *shape)
     if rank == 0:
-        return _none(*shape, dtype, error)
-    return Factors(*_split(found.cut(rank), dtype), error)
+        return _nothing(*shape, dtype, bits, square, by_rank)
+    kept = found.cut(rank)
+    a, b, stored = _stored(kept, dtype, bits)
+    # All in the few dimensions of the SVD: D aᵀ = U S (V aᵀ), and ‖D‖² is the sum of s².
+    product = (found.u.double() * found.s.double()) @ (found.vh.double() @ a.double().T)
+    squares = _cumulative(product, a.double(), b.double(), square)
+    tail = float(energy[rank:].sum())
+    # The rest is orthogonal to U and V up to rounding, so that the error is the tail's and the
+    # rounding's; as a difference of squares it would drown in float32.
+    own = _residual_of_product(kept, a, b)
+    error = _share(tail + own, square)
+    return Factors(
+        a,
+        b,
+        error,
+        truncation=min(error, _share(tail, square)),
+        bound=min(error, _share(tail, square)),
+        storage=_STORAGES[bits],
+        stored=stored,
+        squares=tuple(squares) if by_rank else (),
+        captured=(0.0, *energy[:rank].cumsum(0).tolist()) if by_rank else (),
+    )
 
 
-def _split(found: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+_STORAGES: dict[int | None, Storage] = {None: "factors", 8: "int8", 4: "int4"}
+
+
+def squared_norm(x: Tensor) -> float:
+    """`‖x‖²`, summed in float64 over blocks of fixed size, the same for any number of threads."""
+    flat = x.reshape(-1)
+    total = 0.0
+    for block in flat.split(BLOCK_ENTRIES):
+        square = float(torch.dot(block, block))
+        if not 1e-30 < square < 1e30:  # near the ends of float32
+            square = float(block.double().square().sum())
+        total += square
+    return total
+
+
+def _stored(
+    found: SVD, dtype: torch.dtype, bits: int | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """a, b as they will be read back, and the tensors for the file."""
     root = found.s.sqrt()
-    return (root[:, None] * found.vh).to(dtype).contiguous(), (found.u * root).to(
-        dtype
-    ).contiguous()
+    a, b = root[:, None] * found.vh, found.u * root
+    if bits is None:
+        a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+        return a, b, {A: a, B: b}
+    rows, columns = quantise(a.float(), bits), quantise(b.float().T.contiguous(), bits)
+    stored = {A + Q: rows.q, A + SCALE: rows.scale, B + Q: columns.q, B + SCALE: columns.scale}
+    return dequantise(rows), dequantise(columns).T.contiguous(), stored
 
 
-def _none(out: int, in_: int, dtype: torch.dtype, error: float) -> Factors:
-    return Factors(torch.empty(0, in_, dtype=dtype), torch.empty(out, 0, dtype=dtype), error)
+def _nothing(
+    out: int, in_: int, dtype: torch.dtype, bits: int | None, square: float, by_rank: bool
+) -> Factors:
+    a, b = torch.empty(0, in_, dtype=dtype), torch.empty(out, 0, dtype=dtype)
+    lost = 1.0 if square else 0.0
+    squares, captured = ((square,), (0.0,)) if by_rank else ((), ())
+    return Factors(a, b, lost, lost, lost, _STORAGES[bits], {}, squares, captured)
+
+
+def _squares(work: Tensor, a: Tensor, b: Tensor, square: float) -> list[float]:
+    """`‖D - b a‖²` for the first 0, 1, ..., rank components."""
+    return _cumulative((work @ a.T).double(), a.double(), b.double(), square)
+
+
+def _cumulative(product: Tensor, a: Tensor, b: Tensor, square: float) -> list[float]:
+    """With `product = D aᵀ`: ‖D‖² - 2 Σ_i b_i·D a_i + Σ_ij (b_i·b_j)(a_i·a_j), rank by rank."""
+    cross = (product * b).sum(dim=0).cumsum(0)
+    gram = (b.T @ b) * (a @ a.T)
+    own = gram.cumsum(0).cumsum(1).diagonal()
+    return [square, *(square - 2 * cross + own).clamp_min(0).tolist()]
+
+
+def _residual(work: Tensor, a: Tensor, b: Tensor) -> float:
+    """`‖D - b a‖²`, some rows at a time."""
+    rows = max(1, BLOCK_ENTRIES // work.shape[1])
+    total = 0.0
+    for part, left in zip(work.split(rows), b.split(rows), strict=True):
+        total += squared_norm(torch.addmm(part, left, a, alpha=-1))
+    return total
+
+
+def _residual_of_product(found: SVD, a: Tensor, b: Tensor) -> float:
+    """`‖U S Vᵀ - b a‖²` by QR of the stacked factors: no dense matrix is formed."""
+    left = torch.cat([found.u.double() * found.s.double(), -b.double()], dim=1)
+    right = torch.cat([found.vh.double(), a.double()])
+    core = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
+    return float(core.square().sum())
+
+
+def _share(part: float, whole: float) -> float:
+    return (max(part, 0.0) / whole) ** 0.5 if whole else 0.0

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from ..artifact.format import DELTA, HEAD, A, B, Kind
 from ..checkpoint import Checkpoint, Expert, check_shapes, open_expert
 from ..errors import CheckpointError, MissingTensor, RecipeError, UnsupportedCheckpoint
-from ..recipe import Exclusive, Recipe
+from ..recipe import Depths, Recipe
 from ..weightfiles import TensorInfo, some
-from .exclusive import Cut, matrix_shape
+from .exclusive import matrix_shape
+from .keep import Keep, keep_of, stored_as
+from .planned import Planned
 
 # What a config.json may say otherwise than the base's without changing what the weights mean.
 _NEUTRAL = re.compile(
@@ -40,60 +41,46 @@ _ADAPTER_CLASSES = {
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One tensor and its fate."""
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    """In which it is stored: the recipe's out_dtype, or the base's own."""
-    matrix: tuple[int, int] | None = None
-    tied_to: str | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in the shared expert."""
-        if self.kind in ("head", "tied"):
-            return 0
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A build, before it runs. `tensors` are in the order of writing: by item size, then name."""
+    """A build, before it runs. `tensors` are in the order of writing: by item size, then name, with
+    numbers in names counted (layer 2 before layer 10), as checkpoints have them."""
 
     recipe: Recipe
     base: Checkpoint
     experts: list[Expert]
     tensors: list[Planned]
-    cut: Cut
+    keep: Keep
     model_class: str
     configs: dict[str, dict[str, Any]]
     outputs: dict[str, int | None]
     warnings: list[str]
 
-    def expert_entries(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and largest shapes of what one expert's file may hold."""
-        entries: list[tuple[str, tuple[int, ...]]] = []
-        for tensor in self.tensors:
-            if tensor.kind == "head":
-                shapes = (expert.info(tensor.name).shape for expert in self.experts)
-                entries.append((tensor.name + HEAD, max(shapes, key=prod)))
-            elif tensor.kind == "matrix" and tensor.matrix and not self.cut.none:
-                out, in_ = tensor.matrix
-                rank = self.cut.limit(out, in_)
-                entries += [(tensor.name + A, (rank, in_)), (tensor.name + B, (out, rank))]
-            elif tensor.kind == "vector" and not self.cut.none:
-                entries.append((tensor.name + DELTA, tensor.shape))
-        return entries
-
     def expert_bytes(self) -> int:
-        """Upper bound of the tensors in one expert's file, heads included."""
-        sizes = {tensor.name: tensor.dtype.itemsize for tensor in self.tensors}
+        """Most bytes of the tensors in one expert's file, heads included.
+
+        With `energy` or `full` it is what all singular values would take; with a budget it is the
+        budget (one expert may get more of it, another less).
+        """
+        budget = self.recipe.exclusive.budget_bytes(self.shared_bytes())
+        return budget if budget is not None else self.whole_bytes() + self.matrix_bytes()
+
+    def whole_bytes(self) -> int:
+        """Most bytes of what one expert keeps whole: vectors and its head."""
+        vectors = not self.keep.cut.none
+        return _whole_bytes(self.tensors, self.experts, vectors=vectors)
+
+    def matrix_bytes(self) -> int:
+        """Most bytes of what one expert keeps of the matrices."""
         return sum(
-            prod(shape) * sizes[name.rpartition(".")[0]] for name, shape in self.expert_entries()
+            self.keep.bytes_at_most(tensor) for tensor in self.tensors if tensor.kind == "matrix"
         )
+
+    def spool_bytes(self) -> int:
+        """Most bytes that experts' parts take on disk while a build is under way."""
+        if self.keep.scope_all:
+            entries = sum(prod(t.shape) for t in self.tensors if t.kind == "matrix")
+            return len(self.experts) * (self.whole_bytes() + 4 * entries)
+        return len(self.experts) * (self.whole_bytes() + self.matrix_bytes())
 
     def shared_bytes(self) -> int:
         return sum(tensor.bytes for tensor in self.tensors)
@@ -103,15 +90,21 @@ class Plan:
 
         With `energy` or `full` the data decide how large the factors get; they are not counted.
         """
-        if self.cut.energy is None and not self.cut.full:
+        if self.keep.bounded:
             return self.shared_bytes() + len(self.experts) * self.expert_bytes()
         return self.shared_bytes()
 
+    def work_bytes(self) -> int:
+        """Disk that the build needs at its height: the artifact, and the parts it is made of."""
+        if self.keep.bounded:
+            return self.disk_bytes() + self.spool_bytes()
+        return self.disk_bytes()
+
     def peak_bytes(self) -> int:
-        """About what the build holds at once: base, experts, and working copies of one tensor."""
+        """About what the build holds at once, see docs/method.md: (T + 2) × the largest tensor."""
         largest = max((prod(t.shape) for t in self.tensors if t.kind != "head"), default=0)
         work = 8 if self.recipe.dtype == "float64" else 4
-        return (2 * len(self.experts) + 3) * largest * work
+        return (len(self.experts) + 2) * largest * work
 
     def summary(self) -> dict[str, Any]:
         """What a build will hold and write, for `--dry-run`. Sizes in bytes; experts' at most."""
@@ -123,9 +116,20 @@ class Plan:
             "tensors": dict(sorted(counts.items())),
             "shared_bytes": self.shared_bytes(),
             "bytes_per_expert_at_most": self.expert_bytes(),
+            "artifact_bytes_at_most": self.shared_bytes() + len(self.experts) * self.expert_bytes(),
+            "disk_bytes_while_building": self.work_bytes(),
             "peak_memory_bytes": self.peak_bytes(),
             "warnings": self.warnings,
         }
+
+    @property
+    def config_dtype(self) -> str | None:
+        """The dtype that config.json must name, where it is not the base's own."""
+        eight_bit = any(
+            info.is_floating_point and info.itemsize < 2
+            for info in (self.base.info(name).dtype for name in self.base.names())
+        )
+        return self.recipe.out_dtype or ("bfloat16" if eight_bit else None)
 
     def close(self) -> None:
         for expert in self.experts:
@@ -149,7 +153,7 @@ def make_plan(recipe: Recipe) -> Plan:
     tied = _tied(base, experts)
     for name in base.names():
         info = base.info(name)
-        dtype = getattr(torch, recipe.out_dtype) if recipe.out_dtype else info.dtype
+        dtype = stored_as(info.dtype, recipe.out_dtype)
         if not info.dtype.is_floating_point:
             tensors.append(Planned(name, "buffer", info.shape, info.dtype))
             continue
@@ -169,14 +173,20 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"'{lacking.name}' ({lacking.reference}) does not.\n  "
                 f"Save '{lacking.name}' again with all its weights, or leave it out."
             )
-        if info.dtype.itemsize < 2:
-            raise UnsupportedCheckpoint(
-                f"{name}: stored as {info.dtype}, which cannot be merged without a scale.\n  "
-                "Save the models in bfloat16 first."
-            )
         matrix = matrix_shape(info.shape)
         tensors.append(Planned(name, "matrix" if matrix else "vector", info.shape, dtype, matrix))
-    tensors.sort(key=lambda t: (-t.dtype.itemsize, t.name))
+    tensors.sort(key=lambda t: (-t.dtype.itemsize, _natural(t.name)))
+    keep = keep_of(
+        recipe.exclusive,
+        [tensor for tensor in tensors if tensor.kind == "matrix"],
+        len(experts),
+        shared_bytes=sum(tensor.bytes for tensor in tensors),
+        whole_bytes=_whole_bytes(tensors, experts, vectors=True),
+    )
+    recipe.check_tensors(
+        [tensor.name for tensor in tensors if tensor.kind in ("matrix", "vector")],
+        Depths(base.names()),
+    )
     configs, warnings = _configs(base, experts, recipe)
     outputs = {expert.name: _outputs(expert, heads) for expert in experts}
     _check_labels(recipe, outputs)
@@ -187,13 +197,18 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"{outputs[expert.name]} classes; answers will say LABEL_0 and so on. Give "
                 "`labels: [...]` beside its `model`."
             )
+    for each in recipe.idle_filters(base.names()):
+        warnings.append(
+            f"parameters: no tensor of the base has {each!r} in its name, so that filter does "
+            f"nothing; the base's names are like {some(base.floats())}."
+        )
     warnings = [f"expert '{e.name}': {note}" for e in experts for note in e.notes] + warnings
     return Plan(
         recipe=recipe,
         base=base,
         experts=experts,
         tensors=tensors,
-        cut=cut_of(recipe.exclusive),
+        keep=keep,
         model_class=model_class,
         configs=configs,
         outputs=outputs,
@@ -201,16 +216,19 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def cut_of(exclusive: Exclusive) -> Cut:
-    """What the recipe's `exclusive` section keeps of each matrix."""
-    if exclusive.energy is not None:
-        return Cut(energy=exclusive.energy)
-    if isinstance(exclusive.rank, int):
-        return Cut(rank=exclusive.rank)
-    assert exclusive.rank is not None, "a recipe has a rank or an energy"
-    if exclusive.rank.endswith("%"):
-        return Cut(share=float(exclusive.rank.rstrip("% ")) / 100)
-    return Cut(full=True) if exclusive.rank == "full" else Cut(none=True)
+def _whole_bytes(tensors: list[Planned], experts: list[Expert], *, vectors: bool) -> int:
+    total = 0
+    for tensor in tensors:
+        if tensor.kind == "head":
+            shapes = (expert.info(tensor.name).shape for expert in experts)
+            total += max(map(prod, shapes)) * tensor.dtype.itemsize
+        elif tensor.kind == "vector" and vectors:
+            total += prod(tensor.shape) * tensor.dtype.itemsize
+    return total
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(p)) if p.isdecimal() else (1, p) for p in re.split(r"(\d+)", name) if p]
 
 
 def _planned_head(name: str, base: Checkpoint, experts: list[Expert]) -> Planned:
@@ -280,8 +298,7 @@ def _tied(base: Checkpoint, experts: list[Expert]) -> dict[str, str]:
             if twin is not None:
                 tied[name] = twin
                 for expert in experts:
-                    untied = not torch.equal(expert.read(name), expert.read(twin))
-                    if name not in expert.missing() and untied:
+                    if name not in expert.missing() and not expert.same(name, twin):
                         raise CheckpointError(
                             f"{name}: in the base it equals {twin} (tied embeddings), in expert "
                             f"'{expert.name}' ({expert.reference}) the two differ.\n  Write "

@@ -13,17 +13,29 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from ..artifact.format import DELTA, HEAD, A, B, TensorRecord
+from ..artifact.codec import Quantised, Sparse, decode_quantised, decode_sparse
+from ..artifact.format import (
+    DELTA,
+    HEAD,
+    INDEX,
+    MASK,
+    SCALE,
+    VALUES,
+    A,
+    B,
+    Q,
+    Share,
+    TensorRecord,
+)
 from ..artifact.reader import Artifact, TensorMap
 from ..errors import CorruptArtifact, UnsupportedModel
 from .heads import HeadSwitch
 from .layers import (
     Patch,
-    Stacked,
     TwinConv,
     TwinConv1D,
     TwinElementwise,
@@ -34,6 +46,7 @@ from .layers import (
     TwinParameter,
     Whole,
 )
+from .parts import Factors, Packed, Part, Scattered, stacked
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -102,12 +115,11 @@ def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) 
         parameter = parameters[names[record.name]]
         for path, attribute in holders[id(parameter)]:
             site = sites.setdefault(path, _Site(modules[path]))
-            patch = patches[record.name]
+            patch, dtype = patches[record.name], parameter.dtype
             if isinstance(patch, Whole):
-                patch = Whole(patch.delta.to(parameter.dtype))
-            else:
-                dtype = parameter.dtype
-                patch = Stacked(patch.a.to(dtype), patch.b.to(dtype), patch.owner)
+                patch = Whole(patch.delta.to(dtype))
+            else:  # integers stay as they are
+                patch = tuple(part.to(dtype) for part in patch)
             site.patches[attribute] = patch
     for path, site in sites.items():
         _replace(model, path, site)
@@ -116,70 +128,120 @@ def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) 
 def differs(record: TensorRecord) -> bool:
     """Whether experts have something of their own in this tensor (heads apart)."""
     return record.kind in ("matrix", "vector") and any(
-        share.rank is None or share.rank > 0 for share in record.experts.values()
+        not share.empty for share in record.experts.values()
     )
 
 
 def read_patches(artifact: Artifact, records: list[TensorRecord]) -> dict[str, Patch]:
-    """The factors of all experts, stacked; one expert's file is open at a time."""
+    """What all experts keep of these tensors; one expert's file is open at a time.
+
+    Raises `CorruptArtifact` for what is not as the manifest says.
+    """
     experts = artifact.manifest.names
-    parts: dict[str, dict[int, tuple]] = {record.name: {} for record in records}
+    parts: dict[str, list[Part]] = {record.name: [] for record in records}
+    deltas: dict[str, dict[int, Tensor]] = {record.name: {} for record in records}
     for index, expert in enumerate(experts):
         with artifact.expert(expert) as tensors:
             for record in records:
                 share = record.experts.get(expert)
-                if share is None or share.rank == 0:
+                if share is None or share.empty:
                     continue
-                parts[record.name][index] = _read_share(tensors, record, expert)
+                stored = _Stored(tensors, record.name, f"experts/{expert}.safetensors")
+                if record.matrix is None:
+                    deltas[record.name][index] = _read_delta(stored, record, share)
+                else:
+                    part = _read_part(stored, record.matrix, share, index)
+                    parts[record.name].append(part)
     patches: dict[str, Patch] = {}
     for record in records:
-        found = parts[record.name]
         if record.matrix is None:
-            delta = torch.stack(
-                [
-                    found[i][0] if i in found else torch.zeros_like(next(iter(found.values()))[0])
-                    for i in range(len(experts))
-                ]
+            found = deltas.pop(record.name)
+            zeros = torch.zeros_like(next(iter(found.values())))
+            patches[record.name] = Whole(
+                torch.stack([found.get(i, zeros) for i in range(len(experts))])
             )
-            patches[record.name] = Whole(delta)
         else:
-            owner = torch.cat([torch.full((len(a),), i) for i, (a, _) in found.items()])
-            a = torch.cat([a for a, _ in found.values()])
-            b = torch.cat([b for _, b in found.values()], dim=1)
-            patches[record.name] = Stacked(a, b, owner)
+            patches[record.name] = stacked(parts.pop(record.name))
     return patches
 
 
-def _read_share(tensors: TensorMap, record: TensorRecord, expert: str) -> tuple:
-    wanted = [record.name + suffix for suffix in ((A, B) if record.matrix else (DELTA,))]
-    for name in wanted:
-        if name not in tensors:
+@dataclass(frozen=True)
+class _Stored:
+    """What an expert's file holds under the name of one tensor."""
+
+    tensors: TensorMap
+    name: str
+    file: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}: {self.name}"
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        name = self.name + suffix
+        if name not in self.tensors:
             raise CorruptArtifact(
-                f"experts/{expert}.safetensors: expected the tensor {name}, which the manifest "
-                "lists. Copy the folder again, or rebuild."
+                f"{self.file}: expected the tensor {name}, which the manifest lists. Copy the "
+                "folder again, or rebuild."
             )
-    return tuple(tensors[name] for name in wanted)
+        return self.tensors[name]
+
+    def quantised(self, side: str, rank: int, n: int, bits: int) -> Quantised:
+        parts = {"q": self[side + Q], "scale": self[side + SCALE]}
+        return decode_quantised(parts, rank, n, bits, self.where + side)
+
+    def sparse(self, storage: str, shape: tuple[int, ...]) -> Sparse:
+        positions = self[MASK if storage == "mask" else INDEX]
+        return decode_sparse({"values": self[VALUES], storage: positions}, shape, self.where)
+
+    def refuse(self, kind: str, share: Share) -> CorruptArtifact:
+        return CorruptArtifact(
+            f"{self.where} is a {kind}, so its part cannot be stored as '{share.storage}' with "
+            f"rank {share.rank}. The manifest was changed by hand; build the artifact again."
+        )
+
+
+def _read_delta(stored: _Stored, record: TensorRecord, share: Share) -> Tensor:
+    if share.storage == "whole":
+        return stored[DELTA]
+    if share.storage in ("mask", "index"):
+        return stored.sparse(share.storage, record.shape).dense()
+    raise stored.refuse("vector", share)
+
+
+def _read_part(stored: _Stored, matrix: tuple[int, int], share: Share, expert: int) -> Part:
+    out, in_ = matrix
+    if share.storage in ("mask", "index"):
+        return Scattered(stored.sparse(share.storage, matrix), expert)
+    if share.rank is None or share.storage == "whole":
+        raise stored.refuse("matrix", share)
+    owner = torch.full((share.rank,), expert)
+    if share.storage == "factors":
+        return Factors(stored[A], stored[B], owner)
+    bits = {"int8": 8, "int4": 4}[share.storage]
+    a, b = (stored.quantised(side, share.rank, n, bits) for side, n in ((A, in_), (B, out)))
+    return Packed(a, b, owner)
 
 
 def _replace(model: nn.Module, path: str, site: _Site) -> None:
     module = site.module
-    patches = {name: _in_factors(patch, module) for name, patch in site.patches.items()}
+    patches = {name: _in_parts(patch, module) for name, patch in site.patches.items()}
     weight, bias = patches.get("weight"), patches.get("bias")
     kind = type(module)
     known = set(patches) <= {"weight", "bias"}
     new: nn.Module
     if type(module) is nn.Linear and known and not isinstance(weight, Whole):
-        new = TwinLinear(module, weight, _whole(bias), path)
+        new = TwinLinear(module, weight or (), _whole(bias), path)
     elif type(module) is Conv1D and known and not isinstance(weight, Whole):
-        new = TwinConv1D(module, weight, _whole(bias), path)
-    elif _is_table(module) and kind is nn.Embedding and isinstance(weight, Stacked):
+        new = TwinConv1D(module, weight or (), _whole(bias), path)
+    elif _is_table(module) and kind is nn.Embedding and isinstance(weight, tuple):
         new = TwinEmbedding(module, weight, path)
-    elif _is_table(module) and isinstance(weight, Stacked) and len(patches) == 1:
+    elif _is_table(module) and isinstance(weight, tuple) and len(patches) == 1:
         new = TwinLookup(module, weight, path)
     elif type(module) is nn.LayerNorm and known and len(module.normalized_shape) == 1:
         new = TwinLayerNorm(module, _whole(weight), _whole(bias), path)
     elif isinstance(module, _CONVOLUTIONS) and known and not isinstance(weight, Whole):
-        new = TwinConv(module, weight, _whole(bias), path)
+        new = TwinConv(module, weight or (), _whole(bias), path)
     elif _is_elementwise(module, patches):
         new = TwinElementwise(
             module, {k: v for k, v in patches.items() if isinstance(v, Whole)}, path
@@ -201,21 +263,21 @@ def _replace(model: nn.Module, path: str, site: _Site) -> None:
     setattr(model.get_submodule(parent), attribute, new)
 
 
-def _in_factors(patch: Patch, module: nn.Module) -> Patch:
+def _in_parts(patch: Patch, module: nn.Module) -> Patch:
     """A weight of one row or one column, which is kept whole, as the rank-1 matrix that it is."""
     layers = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
-    if isinstance(patch, Stacked) or patch.delta.ndim < 3 or not isinstance(module, layers):
+    if isinstance(patch, tuple) or patch.delta.ndim < 3 or not isinstance(module, layers):
         return patch
     delta = patch.delta.flatten(2)  # expert, out, rest
     experts, out, _ = delta.shape
     owner = torch.arange(experts)
     if out == 1:
-        return Stacked(delta[:, 0], delta.new_ones(1, experts), owner)
-    return Stacked(delta.new_ones(experts, 1), delta[:, :, 0].T, owner)
+        return (Factors(delta[:, 0], delta.new_ones(1, experts), owner),)
+    return (Factors(delta.new_ones(experts, 1), delta[:, :, 0].T, owner),)
 
 
 def _whole(patch: Patch | None) -> Whole | None:
-    assert not isinstance(patch, Stacked), "vectors are kept whole"
+    assert not isinstance(patch, tuple), "vectors are kept whole"
     return patch
 
 

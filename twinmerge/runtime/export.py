@@ -1,7 +1,7 @@
 """One weighting for all inputs, merged densely: an ordinary transformers model.
 
-`W* = W_s + Σ_t w_t B_t A_t`, multiplied out. Exact for that weighting, and what the factored
-forward is checked and timed against.
+`W* = W_s + Σ_t w_t D_t`, factors multiplied out, quantised and sparse parts decoded. Exact for that
+weighting, and what the factored forward is checked and timed against.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..artifact.reader import Artifact
 from ..errors import InputError, did_you_mean
 from .attach import differs, read_patches
 from .heads import HeadSwitch
-from .layers import Stacked
+from .layers import Whole
 from .load import body_names, load_shared, task_config
 from .model import TwinModel
 
@@ -40,6 +40,9 @@ class DenseMerge:
         self.targets = {record.name: parameters[names[record.name]] for record in records}
         self.shared = {name: target.clone() for name, target in self.targets.items()}
         self._patches = read_patches(artifact, records)
+        for patch in self._patches.values():
+            for part in () if isinstance(patch, Whole) else patch:
+                part.to(twin.device)
         self._switches = {
             path: module
             for path, module in twin.model.named_modules()
@@ -54,12 +57,12 @@ class DenseMerge:
         """
         for name, target in self.targets.items():
             patch, work = self._patches[name], self.shared[name]
-            if isinstance(patch, Stacked):
-                scaled = patch.b.to(work) * weights[patch.owner].to(work)
-                update = scaled @ patch.a.to(work)
+            if isinstance(patch, Whole):
+                updates = [torch.tensordot(weights.to(work), patch.delta.to(work), dims=1)]
             else:
-                update = torch.tensordot(weights.to(work), patch.delta.to(work), dims=1)
-            torch.add(work, update.view(work.shape), out=target)
+                updates = [part.dense(weights[None].to(work), work.dtype) for part in patch]
+            for update in updates:
+                work = torch.add(work, update.view(work.shape), out=target)
         return self.with_head(weights, head)
 
     def with_head(

@@ -6,7 +6,8 @@ A row x with weights w gets exactly what the densely merged weight would give it
 
 without forming one (out, in) matrix per row of the batch. The factors of all experts are stacked
 along the rank, so two matrix products serve them all, whatever their number and ranks; a row's
-weights scale the product in between. The cost is Σ_t r_t · (in + out) per token.
+weights scale the product in between. The cost is Σ_t r_t · (in + out) per token. `parts` says how
+quantised factors and sparse differences do the same; a layer takes any of them.
 
 Outside a routing (`routing.routed`) every layer is the shared expert's own.
 """
@@ -15,28 +16,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModel
+from .parts import Factors, Part, PartList, aligned
 from .routing import current
 
 STATIC_INSTEAD = "Build a static merge instead (exclusive: {rank: none})."
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """The factors of one matrix, all experts along the rank; `owner` says whose each row is."""
-
-    a: Float[Tensor, "stacked in"]
-    b: Float[Tensor, "out stacked"]
-    owner: Int[Tensor, " stacked"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,10 @@ class Whole:
     delta: Float[Tensor, " expert *shape"]
 
 
-Patch = Stacked | Whole
+Parts = tuple[Part, ...]
+"""What all experts know of one matrix. At most one of the parts is `Factors`, the first."""
+
+Patch = Parts | Whole
 
 
 class _Mixing(nn.Module):
@@ -92,55 +90,35 @@ class _Wrapping(_Mixing):
             return getattr(self.inner, name)
 
 
-def _aligned(mixed: Tensor, ndim: int) -> Tensor:
-    """(batch, n) as (batch, 1, ..., 1, n) with `ndim` axes."""
-    return mixed.view(mixed.shape[0], *[1] * (ndim - 2), mixed.shape[-1])
-
-
 class _Affine(_Mixing):
-    """A weight in factors, a bias kept whole. The bias rides along as one more rank per expert."""
+    """A weight in parts, a bias kept whole. The bias rides along with the float factors."""
 
-    a: Tensor
-    b: Tensor
-    owner: Tensor
-    one: Tensor | None
+    parts: PartList
 
-    def _put_factors(self, weight: Stacked | None, bias: Whole | None, in_: int, out: int) -> None:
-        template = weight.a if weight else bias.delta  # type: ignore[union-attr]
-        a = weight.a if weight else template.new_zeros(0, in_)
-        b = weight.b if weight else template.new_zeros(out, 0)
-        owner = weight.owner if weight else torch.zeros(0, dtype=torch.long)
-        one = None
+    def _put_parts(self, weight: Parts, bias: Whole | None, in_: int, out: int) -> None:
         if bias is not None:
-            # Σ w_t Δb_t = Δb @ w: columns Δb, reached by rows of A that are 0 with an offset of 1.
-            experts = bias.delta.shape[0]
-            one = torch.cat([a.new_zeros(len(a)), a.new_ones(experts)])
-            a = torch.cat([a, a.new_zeros(experts, in_)])
-            b = torch.cat([b, bias.delta.T.to(b.dtype)], dim=1)
-            owner = torch.cat([owner, torch.arange(experts)])
-        self._put(a=a.contiguous(), b=b.contiguous(), owner=owner, one=one)
+            delta, owner = bias.delta, torch.zeros(0, dtype=torch.long)
+            none = Factors(delta.new_zeros(0, in_), delta.new_zeros(out, 0), owner)
+            floats = [part for part in weight if isinstance(part, Factors)] or [none]
+            others = (part for part in weight if not isinstance(part, Factors))
+            weight = (floats[0].with_bias(delta), *others)
+        self.parts = PartList(weight)
 
     def _add(self, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-        """y + Σ_t w_t (B_t A_t x + Δb_t), x: (batch, ..., in), y: (batch, ..., out)."""
-        z = F.linear(x, self.a, self.one)
-        z = z * _aligned(weights[:, self.owner].to(z.dtype), z.ndim)
-        if y.shape[0] != z.shape[0]:  # one row of x served the whole batch
-            return y + F.linear(z, self.b)
-        if y.requires_grad:
-            return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.b.T).view(y.shape)
-        # y is ours and fresh: adding in place saves a pass over the activations.
-        y.flatten(0, -2).addmm_(z.flatten(0, -2), self.b.T)
+        """y + Σ_t w_t (D_t x + Δb_t), x: (batch, ..., in), y: (batch, ..., out)."""
+        for part in self.parts:
+            y = part.linear(y, x, weights)
         return y
 
 
 class TwinLinear(_Affine, nn.Linear):
     """`nn.Linear` with a weight per row of the batch. x: (batch, ..., in)."""
 
-    def __init__(self, inner: nn.Linear, weight: Stacked | None, bias: Whole | None, where: str):
+    def __init__(self, inner: nn.Linear, weight: Parts, bias: Whole | None, where: str):
         nn.Module.__init__(self)
         self.in_features, self.out_features = inner.in_features, inner.out_features
         self.weight, self.bias, self.where = inner.weight, inner.bias, where
-        self._put_factors(weight, bias, inner.in_features, inner.out_features)
+        self._put_parts(weight, bias, inner.in_features, inner.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(input, self.weight, self.bias)
@@ -151,12 +129,11 @@ class TwinLinear(_Affine, nn.Linear):
 class TwinConv1D(_Affine, Conv1D):
     """GPT-2's `Conv1D`: a linear layer whose weight is stored (in, out)."""
 
-    def __init__(self, inner: Conv1D, weight: Stacked | None, bias: Whole | None, where: str):
+    def __init__(self, inner: Conv1D, weight: Parts, bias: Whole | None, where: str):
         nn.Module.__init__(self)
         self.nf, self.nx = inner.nf, inner.nx
         self.weight, self.bias, self.where = inner.weight, inner.bias, where
-        turned = None if weight is None else Stacked(weight.b.T, weight.a.T, weight.owner)
-        self._put_factors(turned, bias, *inner.weight.shape)
+        self._put_parts(tuple(part.turned() for part in weight), bias, *inner.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -167,11 +144,7 @@ class TwinConv1D(_Affine, Conv1D):
 class TwinEmbedding(_Mixing, nn.Embedding):
     """`nn.Embedding`: rows of the stacked B, scaled, then A. ids: (batch, ...) or (1, ...)."""
 
-    a: Tensor
-    b: Tensor
-    owner: Tensor
-
-    def __init__(self, inner: nn.Embedding, weight: Stacked, where: str):
+    def __init__(self, inner: nn.Embedding, weight: Parts, where: str):
         nn.Module.__init__(self)
         for name in (
             "num_embeddings",
@@ -184,7 +157,7 @@ class TwinEmbedding(_Mixing, nn.Embedding):
         ):
             setattr(self, name, getattr(inner, name))
         self.weight, self.where = inner.weight, where
-        self._put(a=weight.a.contiguous(), b=weight.b.contiguous(), owner=weight.owner)
+        self.parts = PartList(weight)
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
@@ -192,9 +165,9 @@ class TwinEmbedding(_Mixing, nn.Embedding):
         if weights is None:
             return y
         _check_ids(self.where, input)
-        z = F.embedding(input, self.b)
-        z = z * _aligned(weights[:, self.owner].to(z.dtype), z.ndim)
-        return y + z @ self.a
+        for part in self.parts:
+            y = part.back(y, part.scaled(part.look(input, y.dtype), weights))
+        return y
 
 
 def _check_ids(where: str, ids: Tensor) -> None:
@@ -209,20 +182,23 @@ class TwinLookup(_Wrapping):
     """An `nn.Embedding` of another class, such as Gemma's, which scales what it looks up.
 
     The same lookup is done in the stacked B by a copy of the module, with whatever else it is
-    called with (BART's position tables take offsets). `__init__` checks that it is called with one
-    tensor, and on random tables that it is linear in its table; else it raises `UnsupportedModel`.
+    called with (BART's position tables take offsets). Quantised and sparse parts have no such
+    table: there the module itself runs, and the rows that it asks its table for come from the
+    part. `__init__` checks that it is called with one tensor, and on random tables that it is
+    linear in its table; else it raises `UnsupportedModel`.
     """
 
-    a: Tensor
-    owner: Tensor
-
-    def __init__(self, inner: nn.Embedding, weight: Stacked, where: str):
+    def __init__(self, inner: nn.Embedding, weight: Parts, where: str):
         super().__init__()
         self.inner, self.where = inner, where
         self.takes = self._first(inner)
-        self.lookup = _looking_up(inner, weight.b)
-        self._put(a=weight.a.contiguous(), owner=weight.owner)
-        self._probe(inner)
+        first, *rest = weight
+        self.lookup = None
+        if isinstance(first, Factors):
+            self.lookup = _looking_up(inner, first.b)
+            first = Factors(first.a, first.b[:0], first.owner)  # the table is not held twice
+        self.parts = PartList([first, *rest])
+        self._probe(inner, answered=self.lookup is None or bool(rest))
 
     def forward(self, *args, **kwargs) -> Tensor:
         y = self.inner(*args, **kwargs)
@@ -231,15 +207,16 @@ class TwinLookup(_Wrapping):
         if weights is None:
             return y
         _check_ids(self.where, ids)
-        z = self.lookup(*args, **kwargs)
-        if z.ndim != ids.ndim + 1 or z.shape[0] not in (1, len(weights)):
-            raise UnsupportedModel(
-                f"{self.where}: expected {type(self.inner).__name__} to give (batch, ..., out) for "
-                f"ids {tuple(ids.shape)}, got {tuple(y.shape)}: whose rows these are cannot be "
-                "told. Use model.merged(weights)."
-            )
-        z = z * _aligned(weights[:, self.owner].to(z.dtype), z.ndim)
-        return y + z @ self.a
+        for part in self.parts:
+            z = self._look(part, y.dtype, args, kwargs)
+            if z.ndim != ids.ndim + 1 or z.shape[0] not in (1, len(weights)):
+                raise UnsupportedModel(
+                    f"{self.where}: expected {type(self.inner).__name__} to give (batch, ..., out) "
+                    f"for ids {tuple(ids.shape)}, got {tuple(y.shape)}: whose rows these are "
+                    "cannot be told. Use model.merged(weights)."
+                )
+            y = part.back(y, part.scaled(z, weights))
+        return y
 
     def _first(self, inner: nn.Embedding) -> str:
         """The name of the one argument that `inner` needs."""
@@ -254,15 +231,26 @@ class TwinLookup(_Wrapping):
             )
         return needed[0].name
 
+    def _look(self, part: Part, dtype: torch.dtype, args: tuple, kwargs: dict) -> Tensor:
+        if isinstance(part, Factors):
+            assert self.lookup is not None
+            return self.lookup(*args, **kwargs)
+        with _Answering(self.inner.weight, lambda ids: part.look(ids, dtype)):
+            return self.inner(*args, **kwargs)
+
     @torch.no_grad()
-    def _probe(self, inner: nn.Embedding) -> None:
+    def _probe(self, inner: nn.Embedding, answered: bool) -> None:
         draw = torch.Generator().manual_seed(0)
         rows, width = inner.weight.shape
         b, a = torch.randn(rows, 3, generator=draw), torch.randn(3, width, generator=draw)
         ids = torch.arange(min(rows, 8)).expand(2, -1)
         try:
-            want, got = _looking_up(inner, b @ a)(ids), _looking_up(inner, b)(ids) @ a
-            exact = torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+            whole = _looking_up(inner, b @ a)
+            want, ways = whole(ids), [_looking_up(inner, b)(ids)]
+            if answered:
+                with _Answering(whole.weight, lambda ids: F.embedding(ids, b)):
+                    ways.append(whole(ids))
+            exact = all(torch.allclose(z @ a, want, atol=1e-4, rtol=1e-4) for z in ways)
         except Exception:  # any module at all may stand here, so any error at all may come
             exact = False
         if not exact:
@@ -270,6 +258,19 @@ class TwinLookup(_Wrapping):
                 f"{self.where}: {type(inner).__name__} is not linear in its table, so its rows "
                 "cannot have weights of their own. " + STATIC_INSTEAD
             )
+
+
+class _Answering(TorchFunctionMode):
+    """Within it, a lookup in `table` finds what `rows` gives for the ids."""
+
+    def __init__(self, table: Tensor, rows: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self.rows = table, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.embedding and args[1] is self.table:
+            return self.rows(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _looking_up(module: nn.Embedding, table: Tensor) -> nn.Embedding:
@@ -305,10 +306,10 @@ class TwinLayerNorm(_Mixing, nn.LayerNorm):
         gain, shift = self.weight, self.bias
         if self.gain is not None:
             mixed = torch.addmm(gain.expand(len(weights), -1), weights.to(gain.dtype), self.gain)
-            gain = _aligned(mixed, input.ndim)
+            gain = aligned(mixed, input.ndim)
         if self.shift is not None:
             mixed = torch.addmm(shift.expand(len(weights), -1), weights.to(gain.dtype), self.shift)
-            shift = _aligned(mixed, input.ndim)
+            shift = aligned(mixed, input.ndim)
         return normal * gain if shift is None else torch.addcmul(shift, normal, gain)
 
 
@@ -340,7 +341,7 @@ class TwinElementwise(_Wrapping):
         for name in self.attributes:
             mixed = weights.to(y.dtype) @ getattr(self, f"delta_{name}")
             direction = self.directions[name](x, *args, **kwargs) - origin
-            y = y + direction * _aligned(mixed, x.ndim)
+            y = y + direction * aligned(mixed, x.ndim)
         return y
 
     @torch.no_grad()
@@ -382,13 +383,10 @@ def _filled(module: nn.Module, name: str | None) -> nn.Module:
 class TwinConv(_Wrapping):
     """A convolution: the kernels of A, scaled, then B as a 1×1 convolution. x: (batch, in, ...)."""
 
-    a: Tensor
-    b: Tensor
-    owner: Tensor
-    shift: Tensor
+    shift: Tensor | None
 
     def __init__(
-        self, inner: nn.modules.conv._ConvNd, weight: Stacked | None, bias: Whole | None, where: str
+        self, inner: nn.modules.conv._ConvNd, weight: Parts, bias: Whole | None, where: str
     ):
         super().__init__()
         self.inner, self.where = inner, where
@@ -397,29 +395,22 @@ class TwinConv(_Wrapping):
                 f"{where}: a grouped convolution (groups={inner.groups}) cannot be run exactly "
                 "from the factors of its whole kernel. " + STATIC_INSTEAD
             )
-        self.factored, self.shifted = weight is not None, bias is not None
-        if weight is not None:
-            a, b = weight.a, weight.b
-            if inner.out_channels != len(b):
-                # One channel out: the matrix was (in, kernel). Each rank is a kernel of its own.
-                a, b = torch.einsum("or,ri->roi", b, a), a.new_ones(1, len(a))
-            kernels = a.reshape(-1, *inner.weight.shape[1:])
-            self._put(a=kernels.contiguous(), b=b.contiguous(), owner=weight.owner)
-        if bias is not None:
-            self._put(shift=bias.delta)
+        # One channel out: the matrix was (in, kernel).
+        out = inner.out_channels
+        self.parts = PartList(p if p.out == out else p.one_channel() for p in weight)
+        self._put(shift=None if bias is None else bias.delta)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         weights = self._weights(x)
         if weights is None:
             return y
-        spatial = [1] * (y.ndim - 2)
-        if self.factored:
-            z = self.inner._conv_forward(x, self.a, None)  # type: ignore[operator]
-            z = z * weights[:, self.owner].to(z.dtype).view(len(weights), -1, *spatial)
-            y = y + (self.b @ z.flatten(2)).unflatten(2, y.shape[2:])
-        if self.shifted:
-            y = y + (weights.to(y.dtype) @ self.shift).view(len(weights), -1, *spatial)
+        convolve, kernel = self.inner._conv_forward, self.inner.weight.shape[1:]
+        for part in self.parts:
+            y = part.conv(y, x, weights, kernel, convolve)
+        if self.shift is not None:
+            shift = weights.to(y.dtype) @ self.shift
+            y = y + shift.view(*shift.shape, *[1] * (y.ndim - 2))
         return y
 
 
@@ -429,9 +420,6 @@ class TwinParameter(nn.Module):
     Used as a parametrisation: reading the attribute gives (batch, ...) under a routing.
     """
 
-    a: Tensor
-    b: Tensor
-    owner: Tensor
     delta: Tensor
 
     def __init__(self, shape: torch.Size, patch: Patch, where: str):
@@ -441,11 +429,8 @@ class TwinParameter(nn.Module):
                 f"{where}: a bare parameter of shape {tuple(shape)} has no leading axis of 1 along "
                 "which rows could differ. " + STATIC_INSTEAD
             )
-        if isinstance(patch, Stacked):
-            self.register_buffer("a", patch.a, persistent=False)
-            self.register_buffer("b", patch.b, persistent=False)
-            self.register_buffer("owner", patch.owner, persistent=False)
-        else:
+        self.parts = PartList(() if isinstance(patch, Whole) else patch)
+        if isinstance(patch, Whole):
             self.register_buffer("delta", patch.delta, persistent=False)
 
     def forward(self, original: Tensor) -> Tensor:
@@ -453,9 +438,11 @@ class TwinParameter(nn.Module):
         if routing is None or routing.weights is None:
             return original
         weights = routing.weights.to(original.dtype)
+        mixed = original
+        for part in self.parts:
+            delta = part.dense(weights, original.dtype)
+            mixed = mixed + delta.view(len(weights), *original.shape[1:])
         if hasattr(self, "delta"):
-            mixed = weights @ self.delta.flatten(1)
-        else:
-            scaled = self.b[None] * weights[:, self.owner][:, None, :]
-            mixed = scaled @ self.a
-        return original + mixed.view(len(weights), *original.shape[1:])
+            delta = weights @ self.delta.flatten(1)
+            mixed = mixed + delta.view(len(weights), *original.shape[1:])
+        return mixed

@@ -1,14 +1,14 @@
 """DARE: drop entries of each task vector at random and rescale the rest, then merge."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .registry import PerExpert, fractions, shared_expert, spread, weighted_sum
-from .task_arithmetic import task_arithmetic_coefficients
-from .ties import elected, masked
+from .blocks import changes
+from .dropped import Dropped, add_up, elect, rescaled
+from .registry import PerExpert, fractions, shared_expert, spread
 
 
 @shared_expert("dare_linear", paper="https://arxiv.org/abs/2311.03099")
@@ -39,11 +39,8 @@ def dare_linear(
     Source: Yu et al., Language Models are Super Mario, arXiv:2311.03099; semantics of mergekit
     0.1.5 (other random numbers, of course), where `weight` is required.
     """
-    deltas = _dropped(base, experts, density, rescale, generators)
-    coefficients = task_arithmetic_coefficients(
-        spread(weight, experts), normalize=normalize, lambda_=lambda_
-    )
-    return base + weighted_sum(coefficients, deltas)
+    kept = _dropped(base, experts, density, rescale, generators)
+    return add_up(base, kept, spread(weight, experts), normalize=normalize, lambda_=lambda_)
 
 
 @shared_expert("dare_ties", paper="https://arxiv.org/abs/2311.03099")
@@ -68,20 +65,35 @@ def dare_ties(
     Source: Yu et al., Language Models are Super Mario, arXiv:2311.03099, with Yadav et al.,
     arXiv:2306.01708; semantics of mergekit 0.1.5, where `weight` is required.
     """
-    deltas = torch.stack(_dropped(base, experts, density, rescale, generators))
-    return base + lambda_ * elected(deltas, spread(weight, experts), normalize)
+    kept = _dropped(base, experts, density, rescale, generators)
+    return elect(base, kept, spread(weight, experts), normalize=normalize, lambda_=lambda_)
 
 
-def keep_mask(
-    shape: torch.Size, density: float, generator: torch.Generator
-) -> Bool[Tensor, " *shape"]:
-    """True with probability `density`, entry by entry, on the generator's device.
+def uniform(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
+    """Numbers in [0, 1), in float32 whatever the maths runs in, so that the dtype of a merge does
+    not change which entries survive."""
+    return torch.rand(count, generator=generator, device=generator.device, dtype=torch.float32)
 
-    Drawn in float32 whatever the maths runs in, so that the dtype of a merge does not change
-    which entries survive.
+
+class Drawn:
+    """Keeps every entry with a probability of its own; each time round it draws the same.
+
+    `chance` gives the probability for each entry of a block, or one for all.
     """
-    draw = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
-    return draw < density
+
+    def __init__(
+        self,
+        generator: torch.Generator,
+        chance: Callable[[Float[Tensor, " block"]], Float[Tensor, " block"] | float],
+    ) -> None:
+        self._generator, self._chance = generator, chance
+        self._start = generator.get_state()
+
+    def __call__(self, block: Float[Tensor, " block"], start: int) -> Bool[Tensor, " block"]:
+        if start == 0:
+            # Drawing twice costs less than a mask of the tensor's size for every expert.
+            self._generator.set_state(self._start)
+        return uniform(len(block), self._generator).to(block.device) < self._chance(block)
 
 
 def _dropped(
@@ -90,15 +102,14 @@ def _dropped(
     density: PerExpert,
     rescale: bool,
     generators: Sequence[torch.Generator],
-) -> list[Tensor]:
+) -> list[Dropped]:
     """Every task vector with entries dropped at random; whole where density is 1."""
-    deltas = []
-    for expert, kept, generator in zip(
-        experts, fractions(density, len(experts)), generators, strict=True
-    ):
-        delta = expert - base
-        if kept < 1:
-            mask = keep_mask(delta.shape, kept, generator).to(delta.device)
-            delta = masked(delta, mask, rescale)
-        deltas.append(delta)
-    return deltas
+    kept = [
+        Dropped(change, Drawn(generator, lambda block, chance=chance: chance))
+        if chance < 1
+        else Dropped(change)
+        for change, chance, generator in zip(
+            changes(base, experts), fractions(density, len(experts)), generators, strict=True
+        )
+    ]
+    return rescaled(kept) if rescale else kept

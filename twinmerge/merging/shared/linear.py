@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .blocks import add, blocks, changes, joined
 from .registry import NEGLIGIBLE_WEIGHT, PerExpert, shared_expert, spread, weighted_sum
 
 SUMS_TO_ONE = 1e-6
@@ -29,7 +30,12 @@ def linear_coefficients(
     return weight if (total - 1).abs() < SUMS_TO_ONE else None
 
 
-@shared_expert("linear", paper="https://arxiv.org/abs/2203.05482", coefficients=linear_coefficients)
+@shared_expert(
+    "linear",
+    paper="https://arxiv.org/abs/2203.05482",
+    coefficients=linear_coefficients,
+    blockwise=True,
+)
 @torch.no_grad()
 def linear(
     base: Float[Tensor, " *shape"],
@@ -49,7 +55,9 @@ def linear(
     """
     weight = spread(weight, experts)
     if not normalize:
-        return weighted_sum(weight, experts)
+        flat = zip(*(blocks(expert) for expert in experts), strict=True)
+        return joined(base, (weighted_sum(weight, own) for own in flat))
     coefficients = linear_coefficients(weight)
     assert coefficients is not None, "normalised weights always have coefficients"
-    return base + weighted_sum(coefficients, [expert - base for expert in experts])
+    vectors = zip(*changes(base, experts), strict=True)
+    return add(base, (weighted_sum(coefficients, deltas) for deltas in vectors))

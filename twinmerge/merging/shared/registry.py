@@ -23,6 +23,9 @@ PerExpert: TypeAlias = Float[Tensor, " expert"] | float
 Value: TypeAlias = int | float | bool | Sequence[int | float]
 """What a recipe gives for an option: a scalar, or a list with one number for each expert."""
 
+KINDS = (float, bool, int)
+"""Annotations of options that all experts share; any other is one number for each."""
+
 NEGLIGIBLE_WEIGHT = 1e-8
 """Weights whose sum is nearer to 0 than this cannot be normalised (mergekit's limit too)."""
 
@@ -32,9 +35,9 @@ class Option:
     """One parameter of a method, as a recipe spells it (`lambda`, not `lambda_`)."""
 
     name: str
-    default: float | bool
+    default: float | bool | int
     per_expert: bool
-    kind: type[float] | type[bool]
+    kind: type[float] | type[bool] | type[int]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ class SharedMethod:
     random: bool
     coefficients: Callable[..., Tensor | None] | None = None
 
+    experts: tuple[int, int | None] = (1, None)
+    """The least and the most experts that it takes; None: any number."""
+
+    blockwise: bool = False
+    """Every entry of the result depends on the same entry of base and experts alone: the function
+    may be run on flat blocks of any size."""
+
+    ordered: bool = False
+    """The first expert has another part than the second."""
+
     @property
     def options(self) -> dict[str, Option]:
         """The method's parameters by their recipe names, in the order of the signature."""
@@ -60,8 +73,8 @@ class SharedMethod:
             name: Option(
                 name=name,
                 default=parameter.default,
-                per_expert=parameter.annotation not in (float, bool),
-                kind=bool if parameter.annotation is bool else float,
+                per_expert=parameter.annotation not in KINDS,
+                kind=parameter.annotation if parameter.annotation in KINDS else float,
             )
             for name, parameter in _keywords(self.fn).items()
             if name != "generators"
@@ -72,12 +85,24 @@ METHODS: dict[str, SharedMethod] = {}
 
 
 def shared_expert(
-    name: str, *, paper: str, coefficients: Callable[..., Tensor | None] | None = None
+    name: str,
+    *,
+    paper: str,
+    coefficients: Callable[..., Tensor | None] | None = None,
+    experts: tuple[int, int | None] = (1, None),
+    blockwise: bool = False,
+    ordered: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a function as the method `name`; the function itself is returned unchanged."""
+    """Register a function as the method `name`; the function itself is returned unchanged.
+
+    The keywords are the fields of `SharedMethod`.
+    """
 
     def register(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METHODS[name] = SharedMethod(name, fn, paper, "generators" in _keywords(fn), coefficients)
+        random = "generators" in _keywords(fn)
+        METHODS[name] = SharedMethod(
+            name, fn, paper, random, coefficients, experts, blockwise, ordered
+        )
         return fn
 
     return register
@@ -104,10 +129,18 @@ def merge(
 ) -> Float[Tensor, " *shape"]:
     """Run the method `name` with parameters as a recipe gives them.
 
-    Raises `RecipeError` for an unknown method or parameter and for a list that has not one
-    number for each expert; `ValueError` when a random method comes without `generators`.
+    Raises `RecipeError` for an unknown method or parameter, for a list that has not one number
+    for each expert and for too few or too many experts; `ValueError` when a random method comes
+    without `generators`.
     """
     method = get(name)
+    least, most = method.experts
+    if not least <= len(experts) <= (most or len(experts)):
+        wanted = f"{least} or more" if most is None else f"{least} to {most}"
+        raise RecipeError(
+            f"merge_method: {name} takes {wanted} experts, got {len(experts)}. Give as many, or "
+            "choose another method."
+        )
     options: dict[str, Any] = _typed(method, parameters or {}, len(experts))
     if method.random:
         if generators is None or len(generators) != len(experts):
@@ -183,7 +216,7 @@ def _typed(method: SharedMethod, parameters: Mapping[str, Value], experts: int) 
         if options[name].kind is bool:
             typed[keyword] = bool(value)
         elif not isinstance(value, Sequence):
-            typed[keyword] = float(value)
+            typed[keyword] = options[name].kind(value)
         elif not options[name].per_expert:
             raise RecipeError(f"parameters.{name}: one number for all experts, got a list.")
         elif len(value) != experts:

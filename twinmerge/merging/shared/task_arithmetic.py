@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .blocks import add, changes
 from .registry import NEGLIGIBLE_WEIGHT, PerExpert, shared_expert, spread, weighted_sum
 
 
@@ -28,6 +29,7 @@ def task_arithmetic_coefficients(
     "task_arithmetic",
     paper="https://arxiv.org/abs/2212.04089",
     coefficients=task_arithmetic_coefficients,
+    blockwise=True,
 )
 @torch.no_grad()
 def task_arithmetic(
@@ -51,4 +53,5 @@ def task_arithmetic(
     coefficients = task_arithmetic_coefficients(
         spread(weight, experts), normalize=normalize, lambda_=lambda_
     )
-    return base + weighted_sum(coefficients, [expert - base for expert in experts])
+    vectors = zip(*changes(base, experts), strict=True)
+    return add(base, (weighted_sum(coefficients, deltas) for deltas in vectors))

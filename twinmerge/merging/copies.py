@@ -1,0 +1,99 @@
+"""What an artifact takes over from the base besides weights: configuration, tokenizer, index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..artifact.format import FileRecord
+from ..artifact.tensorfile import record
+from .plan import Plan
+from .planned import Planned
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "bpe.codes",
+    "vocab.bpe",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+
+def copy_files(plan: Plan, folder: Path, shards: dict[str, list[Planned]]) -> dict[str, FileRecord]:
+    """Copy or write configuration, tokenizer and the shards' index into `folder`."""
+    out: dict[str, FileRecord] = {}
+    source = plan.base.folder
+    dtype = plan.config_dtype
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+            if name == "config.json" and dtype:
+                _store_dtype(folder / name, dtype)
+            out[name] = record(folder / name)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": plan.shared_bytes()},
+            "weight_map": {
+                tensor.name: shard
+                for shard, tensors in shards.items()
+                for tensor in sorted(tensors, key=lambda t: t.name)
+                if tensor.kind not in ("head", "tied")
+            },
+        }
+        path = folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        out[path.name] = record(path)
+    return out
+
+
+def tokenizer_warnings(plan: Plan) -> list[str]:
+    """Experts whose tokenizer has another vocabulary than the base's."""
+    ours = _vocabulary(plan.base.folder)
+    warnings = []
+    for expert in plan.experts:
+        theirs = _vocabulary(expert.folder) if ours is not None else None
+        if theirs is not None and theirs != ours:
+            warnings.append(
+                f"expert '{expert.name}': its tokenizer has another vocabulary than the "
+                "base's; the artifact has the base's."
+            )
+    return warnings
+
+
+def _store_dtype(path: Path, dtype: str) -> None:
+    """Make a config.json name this dtype: `from_pretrained` believes it before the weights."""
+
+    def named(config: dict) -> dict:
+        kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+        kept = {key: named(v) if isinstance(v, dict) else v for key, v in kept.items()}
+        return kept | {"dtype": dtype} if {"dtype", "torch_dtype"} & set(config) else kept
+
+    config = {"dtype": None, **json.loads(path.read_text(encoding="utf-8"))}
+    path.write_text(json.dumps(named(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _vocabulary(folder: Path) -> object:
+    """What a tokenizer.json maps to what; None without one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["model"]["vocab"], content["model"].get("merges")
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,358 @@
+"""One tensor: read, merged to the shared expert, and every expert's difference cut.
+
+Pure computation: what comes out is what will be written, whoever writes it and wherever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..artifact.format import DELTA, HEAD, Share
+from ..checkpoint import LowRank
+from ..errors import CheckpointError, NotFinite
+from ..recipe import Depths
+from .blocks import Buffers, Moved, merge_blocks
+from .exclusive import Factors, factorize, factorize_svd, squared_norm
+from .journal import Candidate
+from .linalg import ProductSVD
+from .plan import Plan
+from .planned import Planned
+from .shared import coefficients, get, merge
+from .sparse import Entries, dropout, magnitude
+from .stream import Step, check_step, read_heads, read_step, unlike
+
+DENSE = ".dense"
+"""Suffix of a whole difference in the spool, from which entries are chosen when all are known."""
+
+
+@dataclass
+class Kept:
+    """What one expert keeps of one tensor."""
+
+    tensors: dict[str, Tensor]
+    """By suffix of the tensor's name."""
+    share: Share
+    candidate: Candidate | None = None
+
+
+@dataclass
+class Done:
+    """One tensor, ready to be written."""
+
+    tensor: Planned
+    shared: Tensor | None = None
+    kept: dict[str, Kept] = field(default_factory=dict)
+    base_square: float = 0.0
+    moved: tuple[float, ...] = ()
+    unlike: tuple[tuple[int, int], ...] = ()
+
+
+class Worker:
+    """Does one tensor after another, with the threads of `pool`.
+
+    `alike` are the pairs of experts that were equal in all tensors so far.
+    """
+
+    def __init__(
+        self, plan: Plan, pool: Executor, alike: Iterable[tuple[int, int]] | None = None
+    ) -> None:
+        self.plan, self.pool = plan, pool
+        self.names = [expert.name for expert in plan.experts]
+        pairs = itertools.combinations(range(len(self.names)), 2)
+        self.alike = set(pairs) if alike is None else set(alike)
+        self.method = get(plan.recipe.merge_method)
+        self.depths = Depths(plan.base.names())
+        self._buffers = Buffers(2)  # one is written while the next is made
+        self._local = threading.local()
+
+    def do(self, tensor: Planned) -> Done:
+        """Raises `NotFinite`, or `CheckpointError` for buffers that differ."""
+        if tensor.kind == "head":
+            return self._head(tensor)
+        if tensor.kind in ("buffer", "base_only"):
+            value = self.plan.base.read(tensor.name)
+            self._check_buffer(tensor, value)
+            return Done(tensor, cast(value, tensor.dtype, tensor.name))
+        if tensor.kind == "tied":
+            return Done(tensor)
+        parameters = self.plan.recipe.parameters_at(tensor.name, self.depths.of(tensor.name))
+        c = coefficients(self.method.name, parameters, len(self.names))
+        step = read_step(self.plan, tensor, affine=c is not None)
+        if step.vectors is not None:
+            assert c is not None
+            return self._factored(step, c)
+        return self._dense(step, parameters, c)
+
+    # ------------------------------------------------------------------ what is not merged
+
+    def _head(self, tensor: Planned) -> Done:
+        done = Done(tensor)
+        heads = read_heads(self.plan, tensor)
+        done.unlike = self._unlike(heads)
+        for name, head in zip(self.names, heads, strict=True):
+            own = cast(head, tensor.dtype, tensor.name)
+            done.kept[name] = Kept({HEAD: own}, Share(storage="whole", bytes=own.nbytes, error=0.0))
+        return done
+
+    def _check_buffer(self, tensor: Planned, value: Tensor) -> None:
+        if tensor.kind != "buffer":
+            return
+        for expert in self.plan.experts:
+            if tensor.name in expert.missing():
+                continue  # constants that newer transformers no longer store
+            if not torch.equal(expert.read(tensor.name), value):
+                raise CheckpointError(
+                    f"{tensor.name}: a {value.dtype} tensor, which cannot be merged and must be "
+                    f"equal everywhere, but expert '{expert.name}' ({expert.reference}) has other "
+                    "values than the base.\n  Leave the expert out, or give it the base's values."
+                )
+
+    # ------------------------------------------------------------------ the two ways to merge
+
+    def _dense(self, step: Step, parameters: dict, c: Tensor | None) -> Done:
+        tensor, experts = step.tensor, step.experts
+        assert experts is not None
+        work = self._work(step.base)
+
+        def by_block(base: Tensor, own: list[Tensor]) -> Tensor:
+            return merge(self.method.name, base, torch.stack(own), parameters)
+
+        merging = by_block if c is None and self.method.blockwise else c
+        moved, stored = merge_blocks(
+            step.base,
+            experts,
+            merging,
+            work=work,
+            store=tensor.dtype,
+            pool=self.pool,
+            buffers=self._buffers,
+        )
+        self._check(step, moved)
+        done = Done(tensor, moved=tuple(moved.experts), base_square=moved.base)
+        done.unlike = self._unlike([None if own is step.base else own for own in experts])
+        if tensor.matrix is None:
+            done.base_square, done.moved = 0.0, ()
+        if not moved.changed and self._keeps(parameters):
+            done.shared = cast(step.base, tensor.dtype, tensor.name)
+            return done
+        if stored is None:
+            stacked = torch.empty(len(experts), *step.base.shape, dtype=work)
+            for place, own in zip(stacked, experts, strict=True):
+                place.copy_(own)
+            merged = merge(
+                self.method.name,
+                step.base.to(work),
+                stacked,
+                parameters,
+                self._generators(tensor.name),
+            )
+            del stacked
+            stored = cast(merged, tensor.dtype, tensor.name)
+            del merged
+        else:
+            _check_overflow(stored, step, tensor)
+        done.shared = stored
+        if self.plan.keep.cut.none:
+            return done
+        # Against what was stored, rounding included: full rank gives the expert back.
+        ground = stored.to(work)
+
+        def keep(pair: tuple[str, Tensor]) -> Kept:
+            name, own = pair
+            out = self._scratch(ground) if tensor.matrix and self.plan.keep.form == "svd" else None
+            return self._keep(tensor, name, torch.sub(_as(own, work), ground, out=out))
+
+        for name, kept in zip(
+            self.names, self.pool.map(keep, zip(self.names, experts, strict=True)), strict=True
+        ):
+            done.kept[name] = kept
+        return done
+
+    def _factored(self, step: Step, c: Float[Tensor, " expert"]) -> Done:
+        """The same for task vectors known in factors, and a shared expert affine in them.
+
+        With c the coefficients, `W_t - W_s = Σ_j (δ_tj - c_j) B_j A_j`: the SVDs of all of these
+        follow from one QR of the stacked factors, and no dense difference is formed.
+        """
+        assert step.vectors is not None
+        tensor, view, vectors = step.tensor, step.tensor.matrix, step.vectors
+        assert view is not None
+        work = self._work(step.base)
+        alone, _ = merge_blocks(step.base, [], None, work=work, store=work, pool=self.pool)
+        self._check(Step(tensor, step.base), alone)
+        held = [(index, v) for index, v in enumerate(vectors) if v is not None]
+        owner = torch.cat([torch.full((v.a.shape[0],), index) for index, v in held])
+        a = torch.cat([v.a for _, v in held])
+        b = torch.cat([v.b for _, v in held], dim=1)
+        merged = (b.to(work) * c[owner].to(work)) @ a.to(work)
+        merged = merged.view(step.base.shape).add_(step.base.to(work))
+        done = Done(tensor, cast(merged, tensor.dtype, tensor.name), base_square=alone.base)
+        done.moved = tuple(0.0 if v is None else _square_of(v) for v in vectors)
+        done.unlike = self._unlike(
+            [None if v is None else torch.cat([v.b.T, v.a], 1) for v in vectors]
+        )
+        keep = self.plan.keep
+        if keep.cut.none:
+            return done
+        if keep.form != "svd":
+            ground = done.shared.to(work)  # type: ignore[union-attr]
+            base = step.base.to(work)
+            for name, v in zip(self.names, vectors, strict=True):
+                own = base if v is None else base + (v.b.to(work) @ v.a.to(work)).view(base.shape)
+                done.kept[name] = self._keep(tensor, name, own - ground)
+            return done
+        product = ProductSVD(b, a)
+        for index, name in enumerate(self.names):
+            mine = product.svd((owner == index).double() - c[owner])
+            factors = factorize_svd(
+                mine,
+                keep.cut,
+                view,
+                keep.dtype_of(tensor),
+                bits=keep.bits,
+                by_rank=keep.budget is not None,
+            )
+            done.kept[name] = _kept(factors)
+        return done
+
+    # ------------------------------------------------------------------ one expert's part
+
+    def _keep(self, tensor: Planned, name: str, delta: Tensor) -> Kept:
+        keep = self.plan.keep
+        dtype = keep.dtype_of(tensor)
+        if tensor.matrix is None:
+            kept = cast(delta, tensor.dtype, tensor.name)
+            square = squared_norm(delta)
+            lost = squared_norm(delta - kept.to(delta.dtype)) if square else 0.0
+            error = (lost / square) ** 0.5 if square else 0.0
+            return Kept({DELTA: kept}, Share(storage="whole", bytes=kept.nbytes, error=error))
+        if keep.form == "svd":
+            return _kept(
+                factorize(
+                    delta.reshape(*tensor.matrix),
+                    keep.cut,
+                    dtype,
+                    bits=keep.bits,
+                    by_rank=keep.budget is not None,
+                )
+            )
+        if keep.scope_all:
+            dense = delta.float()
+            share = Share(storage="whole", bytes=dense.nbytes, error=0.0)
+            return Kept({DENSE: dense}, share)
+        if keep.form == "magnitude":
+            return _sparse(magnitude(delta, keep.density, dtype))
+        draw = self._generator(f"{tensor.name}/exclusive", name)
+        return _sparse(dropout(delta, keep.density, draw, dtype))
+
+    # ------------------------------------------------------------------ small things
+
+    def _work(self, base: Tensor) -> torch.dtype:
+        """What is computed in: the recipe's dtype, but float64 for a base of float64."""
+        asked: torch.dtype = getattr(torch, self.plan.recipe.dtype)
+        return torch.float64 if base.dtype == torch.float64 else asked
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        """Room for a difference that is gone when the next one comes; one for each thread."""
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = Buffers(1)
+        return self._local.buffers.next(like.numel(), like.dtype).view(like.shape)
+
+    def _check(self, step: Step, moved: Moved) -> None:
+        """Raise `NotFinite` if a sum that would show it is not finite."""
+        if not torch.isfinite(torch.tensor([moved.base, *moved.experts])).all():
+            check_step(self.plan, step)
+
+    def _unlike(self, tensors: list[Tensor | None] | list[Tensor]) -> tuple[tuple[int, int], ...]:
+        found = unlike(sorted(self.alike), tensors)
+        self.alike -= set(found)
+        return tuple(found)
+
+    def _keeps(self, parameters: dict) -> bool:
+        """Whether a tensor that no expert changed stays the base's (not if weights do not sum to 1
+        in an unnormalised average)."""
+        one = torch.ones(1, dtype=torch.float64)
+        experts = one.expand(len(self.names), 1)
+        out = merge(self.method.name, one, experts, parameters, self._generators("one"))
+        return bool((out - 1).abs() < 1e-9)
+
+    def _generators(self, tensor: str) -> list[torch.Generator] | None:
+        if not self.method.random:
+            return None
+        return [self._generator(tensor, name) for name in self.names]
+
+    def _generator(self, tensor: str, name: str) -> torch.Generator:
+        """Seeded by seed, tensor and expert: the order of neither matters."""
+        key = f"{self.plan.recipe.seed}/{tensor}/{name}".encode()
+        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
+        return torch.Generator().manual_seed(seed)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` as `dtype`. Raises `NotFinite` where a finite number becomes infinite by it."""
+    out = tensor.to(dtype)
+    if dtype == torch.float16 and out is not tensor and not torch.isfinite(out).all():
+        wide = tensor.float()
+        if torch.isfinite(wide).all():
+            raise _too_large(name, float(wide.abs().max()))
+    return out
+
+
+def _check_overflow(stored: Tensor, step: Step, tensor: Planned) -> None:
+    """The same for what was merged block by block, from finite inputs."""
+    if tensor.dtype == torch.float16 and not torch.isfinite(stored).all():
+        largest = max(
+            float(each.float().abs().max()) for each in [step.base, *(step.experts or [])]
+        )
+        raise _too_large(tensor.name, largest)
+
+
+def _too_large(name: str, largest: float) -> NotFinite:
+    return NotFinite(
+        f"{name}: holds {largest:g}, which float16 cannot (its largest number is 65504).\n"
+        "  Set out_dtype to bfloat16 or float32."
+    )
+
+
+def _as(tensor: Tensor, work: torch.dtype) -> Tensor:
+    # 8-bit floats know no arithmetic; all others are promoted within one operation, without a copy.
+    return tensor.to(work) if tensor.element_size() == 1 else tensor
+
+
+def _square_of(vector: LowRank) -> float:
+    """‖B A‖² = tr((BᵀB)(A Aᵀ))."""
+    b, a = vector.b.double(), vector.a.double()
+    return float(((b.T @ b) * (a @ a.T).T).sum())
+
+
+def _kept(factors: Factors) -> Kept:
+    size = sum(tensor.nbytes for tensor in factors.stored.values()) if factors.rank else 0
+    share = Share(
+        storage=factors.storage,
+        rank=factors.rank,
+        bytes=size,
+        error=factors.error,
+        truncation=factors.truncation,
+        bound=factors.bound,
+    )
+    candidate = None
+    if factors.squares:  # asked for: a budget chooses
+        candidate = Candidate(
+            squares=factors.squares, captured=factors.captured, missed=factors.missed
+        )
+    return Kept(dict(factors.stored) if factors.rank else {}, share, candidate)
+
+
+def _sparse(entries: Entries) -> Kept:
+    size = sum(tensor.nbytes for tensor in entries.stored.values()) if entries.count else 0
+    share = Share(storage=entries.storage, entries=entries.count, bytes=size, error=entries.error)
+    return Kept(dict(entries.stored) if entries.count else {}, share)
