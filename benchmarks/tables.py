@@ -140,36 +140,105 @@ def speed() -> str | None:
 
 
 def building() -> str | None:
-    """Build time and memory beside their bounds."""
+    """Time and memory of builds beside their bounds, mergekit's, and what a budget gains."""
     data = read("build")
-    if data is None:
+    if data is None or "linear" not in data:
         return None
-    b = data["build"]
+    parts = [make(data[key]["rows"]) for key, make in _BUILDING.items() if key in data]
+    commits = sorted({data[key]["commit"] for key in _BUILDING if key in data})
+    made = made_with({**data["provenance"], "commit": ", ".join(commits)})
+    return "\n".join([*parts, "", f"{made}. From [`results/build.json`](results/build.json)."])
+
+
+def megabytes(amount: float) -> str:
+    return f"{amount / 1e6:.0f}"
+
+
+def _merges(rows: list[dict[str, Any]], title: str) -> str:
+    """Families of any size, merged without factors."""
     lines = [
-        f"Building rank {b['rank']} factors of {b['experts']} experts ({b['bytes_read']:,} bytes "
-        f"read, {b['bytes_written']:,} written) takes {b['build_seconds']:.2f} s; only reading and "
-        "writing "
-        f"as many bytes takes {b['read_and_write_seconds']:.2f} s: {b['ratio']:.1f}× (aim: 3×). "
-        "Peak "
-        "memory "
-        f"{b['peak_memory_bytes'] / 1e6:.0f} MB; (T + 2) × the largest tensor is "
-        f"{b['memory_bound_bytes'] / 1e6:.0f} MB.",
-        "",
-        "| model size, MB | peak memory of the build, MB | (T + 2) × largest tensor, MB |",
-        "| ---: | ---: | ---: |",
+        "| merge of three experts | base, GB | read + write, s | twinmerge, s | × read + write "
+        "| mergekit, s | peak, MB | (T + 2) × largest, MB | mergekit's peak, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    lines += [
-        f"| {r['model_bytes'] / 1e6:.0f} | {r['peak_memory_bytes'] / 1e6:.0f} | "
-        f"{r['memory_bound_bytes'] / 1e6:.0f} |"
-        for r in data["memory"]
+    for row in rows:
+        runs = row["runs"]
+        theirs = runs.get("mergekit")
+        lines.append(
+            f"| {row['method']}, {row['dtype']} | {row['model_bytes'] / 1e9:.2f} | "
+            f"{runs['read and write']['seconds']:.2f} | {runs['twinmerge']['seconds']:.2f} | "
+            f"{row['ratio_to_read_and_write']:.2f} | "
+            f"{theirs['seconds'] if theirs else float('nan'):.2f} | "
+            f"{megabytes(runs['twinmerge']['peak_memory_bytes'])} | "
+            f"{megabytes(row['memory_bound_bytes'])} | "
+            f"{megabytes(theirs['peak_memory_bytes']) if theirs else ''} |"
+        )
+    most = max(row["beyond_memory_bound_bytes"] for row in rows)
+    beside = (
+        f"up to {megabytes(most)} MB above" if most > 0 else f"at least {megabytes(-most)} MB below"
+    )
+    differ = [row["largest_difference"] for row in rows if "largest_difference" in row]
+    note = [
+        f"{title} Medians of {len(rows[0]['runs']['twinmerge']['all_seconds'])} runs in turn, "
+        f"sources in memory; the peak of what no file backs lies {beside} (T + 2) × the largest "
+        "tensor."
     ]
-    lines += [
-        "",
-        "The peak does not grow with the model; it lies above (T + 2) × the largest tensor by a "
-        "constant that was not looked into. "
-        f"{made_with(data['provenance'])}. From [`results/build.json`](results/build.json).",
+    if differ:
+        note.append(f"The largest difference to mergekit's weights is {max(differ):.0e}.")
+    cold = [row["runs"] for row in rows if "twinmerge cold" in row["runs"]]
+    if cold:
+        last = cold[-1] if len(cold) < 4 else cold[3]
+        spent = [
+            f"{last[name]['seconds']:.1f} s ({name.removesuffix(' cold')})"
+            for name in ("read and write cold", "twinmerge cold", "mergekit cold")
+            if name in last
+        ]
+        index = rows.index(next(row for row in rows if row["runs"] is last))
+        note.append(
+            f"From the disk, {rows[index]['model_bytes'] / 1e9:.2f} GB: {', '.join(spent)}."
+        )
+    return "\n".join([*lines, "", " ".join(note), ""])
+
+
+def _real(row: dict[str, Any]) -> str:
+    """Factors of real experts."""
+    runs = row["runs"]
+    return (
+        f"Rank {row['rank']} factors of {row['experts']} real experts "
+        f"({row['bytes_read']:,} bytes read, {row['bytes_written']:,} written) take "
+        f"{runs['twinmerge']['seconds']:.2f} s, without factors "
+        f"{runs['without factors']['seconds']:.2f} s; only reading and writing as many bytes takes "
+        f"{runs['read and write']['seconds']:.2f} s. Peak memory "
+        f"{megabytes(runs['twinmerge']['peak_memory_bytes'])} MB; (T + 2) × the largest tensor is "
+        f"{megabytes(row['memory_bound_bytes'])} MB.\n"
+    )
+
+
+def _budgets(rows: list[dict[str, Any]]) -> str:
+    """What spending a budget where it buys most gains over one rank for all matrices."""
+    amounts = list(dict.fromkeys(row["budget"] for row in rows))
+    lines = [
+        "| relative error: budget spent / one rank for all | " + " | ".join(amounts) + " |",
+        "| --- |" + " ---: |" * len(amounts),
     ]
-    return "\n".join(lines)
+    for storage in dict.fromkeys(row["dtype"] for row in rows):
+        mine = {row["budget"]: row for row in rows if row["dtype"] == storage}
+        cells = [
+            f"{mine[a]['error']:.3f} / {mine[a]['even_error']:.3f}" if a in mine else ""
+            for a in amounts
+        ]
+        lines.append(f"| factors as {storage} | " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*lines, "", "The same experts, budgets in % of the shared expert's bytes, each.", ""]
+    )
+
+
+_BUILDING = {
+    "linear": lambda rows: _merges(rows, "A linear merge without factors."),
+    "methods": lambda rows: _merges(rows, "Other methods."),
+    "experts": _real,
+    "budget": _budgets,
+}
 
 
 def lora() -> str:

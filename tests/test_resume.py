@@ -38,8 +38,8 @@ WAYS: dict[str, dict[str, Any]] = {
     ),
     "entries": dict(exclusive={"form": "magnitude", "density": 0.2, "scope": "all"}),
 }
-SHARDS = 6000
-"""Bytes of a shard: BERT's 27 kB become five."""
+SHARDS = 3000
+"""Bytes of a shard: the 14 kB become five."""
 
 
 class Stopped(Exception):
@@ -118,15 +118,15 @@ def noted(out: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Made:
-    """One block: these tests build some hundred times."""
-    family = FAMILIES["bert"]
+def llama(tmp_path_factory) -> Made:
+    """Of one block and with heads: these tests build some hundred times."""
+    family = FAMILIES["llama classifier"]
     family = dataclasses.replace(family, sizes=family.sizes | {"num_hidden_layers": 1})
-    return made(family, tmp_path_factory.mktemp("bert"), ("math", "code"))
+    return made(family, tmp_path_factory.mktemp("llama"), ("math", "code"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bert, tmp_path_factory) -> Callable[[str], tuple[Path, int]]:
+def undisturbed(llama, tmp_path_factory) -> Callable[[str], tuple[Path, int]]:
     """Way -> the artifact of one build in one go, and the number of its writes."""
     done: dict[str, tuple[Path, int]] = {}
 
@@ -135,7 +135,7 @@ def undisturbed(bert, tmp_path_factory) -> Callable[[str], tuple[Path, int]]:
             out = tmp_path_factory.mktemp("whole") / "out"
             with pytest.MonkeyPatch.context() as patch:
                 counter = Saboteur(0, killed).install(patch.setattr)
-                merged(bert, out, way)
+                merged(llama, out, way)
             done[way] = out, counter.count
         return done[way]
 
@@ -175,28 +175,28 @@ def moments(writes: int, count: int, seed: int) -> list[int]:
 @pytest.mark.parametrize("half", [False, True], ids=["before a write", "inside of a write"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_build_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
-    way, half, bert, undisturbed, tmp_path, monkeypatch
+    way, half, llama, undisturbed, tmp_path, monkeypatch
 ):
     whole, writes = undisturbed(way)
-    # 10 of each, 60 in all; the very last write is the move to the target.
-    for at in {*moments(writes - 1, 9, seed=half), writes}:
+    # 9 of each, 54 in all; the very last write is the move to the target.
+    for at in {*moments(writes - 1, 8, seed=half), writes}:
         out = tmp_path / str(at) / "out"
         out.parent.mkdir()
 
         def work(at=at, out=out):
             Saboteur(at, killed, half=half).install()
-            merged(bert, out, way)
+            merged(llama, out, way)
 
         assert forked(work) == -signal.SIGKILL
         if out.exists():
             assert (at, half) == (writes, True)  # killed right behind the move
             assert_same_files(out, whole)
             with pytest.raises(OutputError, match="it is not empty"):
-                merged(bert, out, way)  # as ever, but what was left of the work goes
+                merged(llama, out, way)  # as ever, but what was left of the work goes
         else:
             assert left(out.parent) == [".out.building"]
             done = noted(out)
-            assert resumed(bert, out, way, monkeypatch) == done
+            assert resumed(llama, out, way, monkeypatch) == done
             assert_same_files(out, whole)
         assert left(out.parent) == ["out"]
         shutil.rmtree(out.parent)
@@ -204,7 +204,7 @@ def test_a_build_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_build_that_is_killed_again_and_again_goes_on_every_time(
-    way, bert, undisturbed, tmp_path, monkeypatch
+    way, llama, undisturbed, tmp_path, monkeypatch
 ):
     out, (whole, writes) = tmp_path / "out", undisturbed(way)
     draw, before = random.Random(way), 0
@@ -213,26 +213,26 @@ def test_a_build_that_is_killed_again_and_again_goes_on_every_time(
         def work():
             at, half = draw.randint(2, writes // 3), draw.random() < 0.5
             Saboteur(at, killed, half=half).install()
-            merged(bert, out, way)
+            merged(llama, out, way)
 
         assert forked(work) == -signal.SIGKILL
         draw.random()  # the child drew from a copy
         assert before <= noted(out) and left(tmp_path) == [".out.building"]
         before = noted(out)
-    assert resumed(bert, out, way, monkeypatch) == before > 0
+    assert resumed(llama, out, way, monkeypatch) == before > 0
     assert_same_files(out, whole)
     assert left(tmp_path) == ["out"]
 
 
 def test_an_empty_folder_that_was_there_stays_empty_until_the_end(
-    bert, undisturbed, tmp_path, monkeypatch
+    llama, undisturbed, tmp_path, monkeypatch
 ):
     out, (whole, writes) = tmp_path / "out", undisturbed("rank")
     for at in (writes // 2, writes):
         out.mkdir()
-        assert forked(lambda at=at: (Saboteur(at, killed).install(), merged(bert, out))) == -9
+        assert forked(lambda at=at: (Saboteur(at, killed).install(), merged(llama, out))) == -9
         assert left(out) == []
-        resumed(bert, out, "rank", monkeypatch)
+        resumed(llama, out, "rank", monkeypatch)
         assert_same_files(out, whole)
         shutil.rmtree(out)
 
@@ -241,10 +241,10 @@ def test_an_empty_folder_that_was_there_stays_empty_until_the_end(
 
 
 @pytest.fixture
-def started(bert, tmp_path) -> Callable[..., Path]:
+def started(llama, tmp_path) -> Callable[..., Path]:
     """Begins a build of `tmp_path/out` and stops it before tensor `at`."""
 
-    def start(at: int = 14, made: Made = bert, way: str = "rank", **more: Any) -> Path:
+    def start(at: int = 8, made: Made = llama, way: str = "rank", **more: Any) -> Path:
         def progress(done: int, total: int, name: str) -> None:
             if done == at:
                 raise Stopped
@@ -257,11 +257,11 @@ def started(bert, tmp_path) -> Callable[..., Path]:
     return start
 
 
-@pytest.mark.parametrize("at", [1, 50, 100])
-def test_control_c_says_that_the_same_command_goes_on_and_it_does(at, bert, undisturbed, tmp_path):
-    models = [{"model": folder, "name": name} for name, folder in bert.experts.items()]
+@pytest.mark.parametrize("at", [1, 25, 50])
+def test_control_c_says_that_the_same_command_goes_on_and_it_does(at, llama, undisturbed, tmp_path):
+    models = [{"model": folder, "name": name} for name, folder in llama.experts.items()]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"base_model": bert.base, "models": models} | WAYS["rank"]))
+    recipe.write_text(yaml.safe_dump({"base_model": llama.base, "models": models} | WAYS["rank"]))
     words = ["merge", str(recipe), str(tmp_path / "out"), "--max-shard-bytes", str(SHARDS), "-q"]
 
     def work(sabotaged: bool) -> None:
@@ -289,41 +289,41 @@ def test_control_c_says_that_the_same_command_goes_on_and_it_does(at, bert, undi
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
-    half, bert, undisturbed, tmp_path, monkeypatch
+    half, llama, undisturbed, tmp_path, monkeypatch
 ):
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     whole, writes = undisturbed("rank")
     out = tmp_path / "out"
-    for at in range(1 + half, writes - 4, 23):  # links, which need no space, are not counted here
+    for at in range(1 + half, writes - 8, 15):  # links, which need no space, are not counted here
         with monkeypatch.context() as patch, pytest.raises(OutputError) as caught:
             Saboteur(at, full, half=half).install(patch.setattr, links=False)
-            merged(bert, out)
+            merged(llama, out)
         assert f"{out}: the disk is full; nothing was left there." in str(caught.value)
         assert not out.exists()
         done = noted(out)
         assert (f"kept in {tmp_path / '.out.building'}" in str(caught.value)) == (done > 0)
-        assert resumed(bert, out, "rank", monkeypatch) == done
+        assert resumed(llama, out, "rank", monkeypatch) == done
         assert_same_files(out, whole)
         assert left(tmp_path) == ["out"]
         shutil.rmtree(out)
 
 
 def test_a_disk_that_stays_full_is_told_every_time_and_what_is_done_is_not_lost(
-    bert, undisturbed, tmp_path, monkeypatch
+    llama, undisturbed, tmp_path, monkeypatch
 ):
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = 0
-    for at in (40, 8, 1, 40):
+    for at in (30, 8, 1, 30):
         with monkeypatch.context() as patch, pytest.raises(OutputError, match="disk is full"):
             Saboteur(at, full, half=True).install(patch.setattr, links=False)
-            merged(bert, tmp_path / "out")
-        assert noted(tmp_path / "out") >= before > (-1 if at == 40 else 0)
+            merged(llama, tmp_path / "out")
+        assert noted(tmp_path / "out") >= before > (-1 if at == 30 else 0)
         before = noted(tmp_path / "out")
-    assert resumed(bert, tmp_path / "out", "rank", monkeypatch) == before
+    assert resumed(llama, tmp_path / "out", "rank", monkeypatch) == before
     assert_same_files(tmp_path / "out", undisturbed("rank")[0])
 
 
@@ -331,47 +331,47 @@ def test_a_disk_that_stays_full_is_told_every_time_and_what_is_done_is_not_lost(
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 10**9])
-def test_a_torn_last_line_is_done_again(cut, bert, undisturbed, started, monkeypatch):
+def test_a_torn_last_line_is_done_again(cut, llama, undisturbed, started, monkeypatch):
     out = started()
     path = Workspace(out).part(0, 1) / "journal.jsonl"
     content, done = path.read_bytes(), noted(out)
     last = len(content.splitlines(keepends=True)[-1])
     path.write_bytes(content[: -min(cut, last - 1)])
-    assert resumed(bert, out, "rank", monkeypatch) == done - 1
+    assert resumed(llama, out, "rank", monkeypatch) == done - 1
     assert_same_files(out, undisturbed("rank")[0])
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 512, b"\0" * 511 + b"\n", b'{"tensor": "x"}\n'])
-def test_lines_that_are_none_are_cut_off(tail, bert, undisturbed, started, monkeypatch):
+def test_lines_that_are_none_are_cut_off(tail, llama, undisturbed, started, monkeypatch):
     # A file system that lost its last blocks leaves zeros.
     out = started()
     done = noted(out)
     with open(Workspace(out).part(0, 1) / "journal.jsonl", "ab") as file:
         file.write(tail)
-    assert resumed(bert, out, "rank", monkeypatch) == done
+    assert resumed(llama, out, "rank", monkeypatch) == done
     assert_same_files(out, undisturbed("rank")[0])
 
 
-def test_bytes_behind_the_last_line_are_cut_off(bert, undisturbed, started, monkeypatch):
+def test_bytes_behind_the_last_line_are_cut_off(llama, undisturbed, started, monkeypatch):
     out = started()
     folder, done = Workspace(out).part(0, 1), noted(out)
     newest = max(folder.glob("model*"), key=lambda path: path.name)
     for path in (newest, folder / "experts.spool"):
         with open(path, "ab") as file:
             file.write(b"half a tensor")
-    assert resumed(bert, out, "rank", monkeypatch) == done
+    assert resumed(llama, out, "rank", monkeypatch) == done
     assert_same_files(out, undisturbed("rank")[0])
 
 
 def test_a_file_of_the_next_shard_that_no_line_tells_of_is_written_anew(
-    bert, undisturbed, started, monkeypatch
+    llama, undisturbed, started, monkeypatch
 ):
     out = started()
     folder = Workspace(out).part(0, 1)
     begun = sorted(path.name for path in folder.glob("model*"))
     unborn = begun[-1].replace(f"{len(begun):05}-of", f"{len(begun) + 1:05}-of")
     (folder / unborn).write_bytes(b"x" * 10_000)
-    resumed(bert, out, "rank", monkeypatch)
+    resumed(llama, out, "rank", monkeypatch)
     assert_same_files(out, undisturbed("rank")[0])
 
 
@@ -381,12 +381,15 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("damage", ["first byte", "last byte", "cut", "gone", "emptied"])
+@pytest.mark.parametrize(
+    ("damage", "way"),
+    [("last byte", way) for way in WAYS]
+    + [(damage, "rank") for damage in ("first byte", "cut", "gone", "emptied")],
+)
 def test_what_was_damaged_is_named_and_begun_anew_on_request(
-    damage, way, bert, undisturbed, started, monkeypatch
+    damage, way, llama, undisturbed, started, monkeypatch
 ):
-    out = started(18, way=way)
+    out = started(9, way=way)
     folder, done = Workspace(out).part(0, 1), noted(out)
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_bytes().splitlines()]
     ends = {line["file"]: line["end"] for line in lines}
@@ -404,24 +407,26 @@ def test_what_was_damaged_is_named_and_begun_anew_on_request(
         else:
             flip(path, 0 if damage == "first byte" else end - 1)
         with pytest.raises(OutputError) as caught:
-            merged(bert, out, way)
+            merged(llama, out, way)
         assert str(path) in str(caught.value) and "--restart" in str(caught.value)
         assert ("is gone" in str(caught.value)) == (damage == "gone")
         assert not out.exists() and noted(out) == done
         path.write_bytes(content)
     flip(path, 0)
-    assert resumed(bert, out, way, monkeypatch, restart=True) == 0
+    assert resumed(llama, out, way, monkeypatch, restart=True) == 0
     assert_same_files(out, undisturbed(way)[0])
     assert left(out.parent) == ["out"]
 
 
-def test_a_build_that_has_just_begun_may_be_restarted_too(bert, undisturbed, tmp_path, monkeypatch):
+def test_a_build_that_has_just_begun_may_be_restarted_too(
+    llama, undisturbed, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
     folder = Workspace(out).part(0, 1)
     folder.mkdir(parents=True)
     for text in ("", '{"twinmerge": "0.'):  # killed while build.json was written
         (folder / "build.json").write_text(text)
-        assert resumed(bert, out, "rank", monkeypatch, restart=bool(text)) == 0
+        assert resumed(llama, out, "rank", monkeypatch, restart=bool(text)) == 0
         assert_same_files(out, undisturbed("rank")[0])
         shutil.rmtree(out)
         folder.mkdir(parents=True)
@@ -430,62 +435,62 @@ def test_a_build_that_has_just_begun_may_be_restarted_too(bert, undisturbed, tmp
 # --------------------------------------------------------------------------- another build
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (dict(exclusive={"rank": 4}), "recipe.exclusive.rank was 3 and is now 4"),
-        (dict(exclusive={"energy": 0.5}), "recipe.exclusive"),
-        (dict(seed=5), "recipe.seed was 0 and is now 5"),
-        (dict(out_dtype="bfloat16"), "recipe.out_dtype was None and is now 'bfloat16'"),
-        (dict(merge_method="task_arithmetic"), "recipe.merge_method was 'linear' and is now"),
-        (dict(shard_bytes=7000), "shard_bytes was 6000 and is now 7000"),
-    ],
-)
-def test_another_build_does_not_go_on_with_this_one(
-    changes, words, bert, undisturbed, started, monkeypatch
-):
+OTHERS = [
+    (dict(exclusive={"rank": 4}), "recipe.exclusive.rank was 3 and is now 4"),
+    (dict(exclusive={"energy": 0.5}), "recipe.exclusive"),
+    (dict(seed=5), "recipe.seed was 0 and is now 5"),
+    (dict(out_dtype="bfloat16"), "recipe.out_dtype was None and is now 'bfloat16'"),
+    (dict(merge_method="task_arithmetic"), "recipe.merge_method was 'linear' and is now"),
+    (dict(shard_bytes=7000), "shard_bytes was 3000 and is now 7000"),
+]
+
+
+def test_another_build_does_not_go_on_with_this_one(llama, undisturbed, started, monkeypatch):
     out = started()
     done = noted(out)
-    with pytest.raises(OutputError) as caught:
-        merged(bert, out, **changes)
-    message = str(caught.value)
-    assert "holds an unfinished build, but" in message and words in message
-    assert str(out.parent / ".out.building") in message and "--restart" in message
-    assert noted(out) == done
-    assert resumed(bert, out, "rank", monkeypatch) == done  # the same one does
+    for changes, words in OTHERS:
+        with pytest.raises(OutputError) as caught:
+            merged(llama, out, **changes)
+        message = str(caught.value)
+        assert "holds an unfinished build, but" in message and words in message
+        assert str(out.parent / ".out.building") in message and "--restart" in message
+        assert noted(out) == done
+    assert resumed(llama, out, "rank", monkeypatch) == done  # the same one does
     assert_same_files(out, undisturbed("rank")[0])
 
 
-def test_restart_begins_another_build_in_its_place(bert, started, tmp_path, monkeypatch):
+def test_restart_begins_another_build_in_its_place(llama, started, tmp_path, monkeypatch):
     out = started()
-    merged(bert, out, exclusive={"rank": 4}, restart=True)
-    merged(bert, tmp_path / "plain", exclusive={"rank": 4})
+    merged(llama, out, exclusive={"rank": 4}, restart=True)
+    merged(llama, tmp_path / "plain", exclusive={"rank": 4})
     assert_same_files(out, tmp_path / "plain")
 
 
 @pytest.mark.parametrize("library", ["twinmerge", "torch"])
 def test_another_version_does_not_go_on_with_this_one(
-    library, bert, undisturbed, started, monkeypatch
+    library, llama, undisturbed, started, monkeypatch
 ):
     out = started()
     with monkeypatch.context() as patch:
-        name = "__version__" if library == "twinmerge" else "torch.__version__"
-        patch.setattr(f"twinmerge.merging.build.{name}", "99.0")
+        if library == "twinmerge":
+            patch.setattr(building, "__version__", "99.0")
+        else:
+            patch.setattr(torch, "__version__", "99.0")
         with pytest.raises(OutputError, match=rf"{library} was '.*' and is now '99.0'"):
-            merged(bert, out)
-    resumed(bert, out, "rank", monkeypatch)
+            merged(llama, out)
+    resumed(llama, out, "rank", monkeypatch)
     assert_same_files(out, undisturbed("rank")[0])
 
 
-def test_what_the_artifact_does_not_depend_on_may_change(bert, started, monkeypatch):
+def test_what_the_artifact_does_not_depend_on_may_change(llama, started, monkeypatch):
     out = started()
     done = noted(out)
-    assert resumed(bert, out, "rank", monkeypatch, router={"seed": 7}) == done
+    assert resumed(llama, out, "rank", monkeypatch, router={"seed": 7}) == done
 
 
-def test_an_unfinished_build_of_another_division_is_left_alone(bert, undisturbed, tmp_path):
+def test_an_unfinished_build_of_another_division_is_left_alone(llama, undisturbed, tmp_path):
     out = tmp_path / "out"
-    asked = recipe(bert.base, bert.experts, **WAYS["rank"])
+    asked = recipe(llama.base, llama.experts, **WAYS["rank"])
     building.build_part(asked, out, 1, 3, shard_bytes=SHARDS)
     kept = sorted(Workspace(out).part(1, 3).iterdir())
     assert len(kept) > 3
@@ -494,7 +499,7 @@ def test_an_unfinished_build_of_another_division_is_left_alone(bert, undisturbed
         raise Stopped
 
     with pytest.raises(Stopped):
-        merged(bert, out, progress=stop)  # somebody forgot --num-shards and stopped at once
+        merged(llama, out, progress=stop)  # somebody forgot --num-shards and stopped at once
     assert sorted(Workspace(out).part(1, 3).iterdir()) == kept
     for index in (0, 2):
         building.build_part(asked, out, index, 3, shard_bytes=SHARDS)
@@ -506,34 +511,34 @@ def test_an_unfinished_build_of_another_division_is_left_alone(bert, undisturbed
 # ------------------------------------------------------------------------------ two at once
 
 
-def test_two_processes_do_not_build_the_same_at_once(bert, undisturbed, tmp_path):
+def test_two_processes_do_not_build_the_same_at_once(llama, undisturbed, tmp_path):
     out, refused = tmp_path / "out", []
 
     def progress(done: int, total: int, name: str) -> None:
-        if done in (0, 10, total):
+        if done in (0, 6, total):
             with pytest.raises(OutputError, match="another process is building here right now"):
-                merged(bert, out)
+                merged(llama, out)
             with pytest.raises(OutputError, match="another process is building here right now"):
-                merged(bert, out, restart=True)
+                merged(llama, out, restart=True)
 
             def other() -> None:
                 try:
-                    merged(bert, out)
+                    merged(llama, out)
                 except OutputError:
                     raise SystemExit(17) from None
 
             refused.append(forked(other))
 
-    merged(bert, out, progress=progress)
+    merged(llama, out, progress=progress)
     assert refused == [17] * 3
     assert_same_files(out, undisturbed("rank")[0])
     assert left(tmp_path) == ["out"]
 
 
-def test_the_lock_goes_with_the_process_that_held_it(bert, undisturbed, tmp_path, monkeypatch):
+def test_the_lock_goes_with_the_process_that_held_it(llama, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    assert forked(lambda: (Saboteur(60, killed).install(), merged(bert, out))) == -9
-    resumed(bert, out, "rank", monkeypatch)
+    assert forked(lambda: (Saboteur(30, killed).install(), merged(llama, out))) == -9
+    resumed(llama, out, "rank", monkeypatch)
     assert_same_files(out, undisturbed("rank")[0])
 
 
@@ -541,22 +546,22 @@ def test_the_lock_goes_with_the_process_that_held_it(bert, undisturbed, tmp_path
 
 
 @pytest.fixture
-def own(bert, tmp_path) -> Made:
+def own(llama, tmp_path) -> Made:
     """The family in a folder of this test's own; the base in shards."""
     folder = tmp_path / "models"
     experts = {
         name: shutil.copytree(path, folder / name, copy_function=shutil.copy2)
-        for name, path in bert.experts.items()
+        for name, path in llama.experts.items()
     }
-    base = save(opened(bert.family.base, bert.base), folder / "base", max_shard_size="4KB")
+    base = save(opened(llama.family.base, llama.base), folder / "base", max_shard_size="3KB")
     assert len(list(Path(base).glob("*.safetensors"))) > 2
-    return Made(bert.family, base, {name: str(path) for name, path in experts.items()})
+    return Made(llama.family, base, {name: str(path) for name, path in experts.items()})
 
 
 @pytest.fixture
 def begun(own, tmp_path) -> Path:
     def progress(done: int, total: int, name: str) -> None:
-        if done == 14:
+        if done == 8:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -575,33 +580,29 @@ def doubled(tensors: dict) -> None:
     tensors[name] = 2 * tensors[name]
 
 
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "touched": lambda path: os.utime(path),
+    "another size": lambda path: resave(path, lambda tensors: None, more="metadata" * 8),
+    "replaced": lambda path: resave(path, doubled),  # the same size
+}
+
+
 @pytest.mark.parametrize("whose", ["math", "base"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: os.utime(path),
-        lambda path: resave(path, lambda tensors: None, more="metadata" * 8),  # another size
-        lambda path: resave(path, doubled),  # the same size
-    ],
-    ids=["touched", "size", "replaced"],
-)
-def test_a_source_that_changed_since_is_named(change, whose, own, begun, tmp_path, monkeypatch):
+def test_a_source_that_changed_since_is_named(whose, own, begun, tmp_path, monkeypatch):
     folder = own.base if whose == "base" else own.experts[whose]
     path = max(Path(folder).glob("*.safetensors"))
     shutil.copy2(path, tmp_path / "before")
     done = noted(begun)
-    change(path)
-    with pytest.raises(OutputError) as caught:
-        merged(own, begun)
-    assert f"the source {path} was changed since" in str(caught.value)
-    assert "--restart" in str(caught.value) and noted(begun) == done
-    now = path.read_bytes()
-    shutil.copy2(tmp_path / "before", path)  # put back, time and all
+    for change in CHANGES.values():
+        change(path)
+        with pytest.raises(OutputError) as caught:
+            merged(own, begun)
+        assert f"the source {path} was changed since" in str(caught.value)
+        assert "--restart" in str(caught.value) and noted(begun) == done
+        shutil.copy2(tmp_path / "before", path)  # put back, time and all
     assert resumed(own, begun, "rank", monkeypatch) == done
     merged(own, tmp_path / "plain")
     assert_same_files(begun, tmp_path / "plain")
-    path.write_bytes(now)
-    shutil.rmtree(begun)
 
 
 def test_restart_takes_a_changed_source_as_it_is_now(own, begun, tmp_path):
@@ -630,7 +631,7 @@ def test_an_adapter_that_changed_is_named(tmp_path, zoo):
     made = Made(llama.family, llama.base, experts)
 
     def progress(done: int, total: int, name: str) -> None:
-        if done == 9:
+        if done == 20:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -648,7 +649,7 @@ def test_an_adapter_that_changed_is_named(tmp_path, zoo):
 
 
 @pytest.mark.parametrize("whose", ["code", "base"])
-@pytest.mark.parametrize("at", [0, 8, 22])
+@pytest.mark.parametrize("at", [0, 5, 12])
 def test_a_shard_that_vanishes_half_way_may_come_back(at, whose, own, tmp_path, monkeypatch):
     out = tmp_path / "out"
     folder = own.base if whose == "base" else own.experts[whose]
@@ -673,7 +674,7 @@ def test_a_shard_that_vanishes_half_way_may_come_back(at, whose, own, tmp_path, 
     assert left(tmp_path) == ["models", "out", "plain"]
 
 
-@pytest.mark.parametrize("at", [8, 22])
+@pytest.mark.parametrize("at", [5, 12])
 def test_a_shard_that_is_written_to_half_way_is_told(at, own, tmp_path):
     path = Path(own.experts["code"], "model.safetensors")
 
@@ -693,17 +694,16 @@ def test_a_shard_that_is_written_to_half_way_is_told(at, own, tmp_path):
 # ------------------------------------------------------------------------- what is of no use
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("whose", ["base", "code"])
+@pytest.mark.parametrize(
+    ("bad", "whose"), [(float("inf"), "code"), (float("-inf"), "base"), (float("nan"), "code")]
+)
 def test_a_checkpoint_that_is_not_finite_leaves_nothing_behind(bad, whose, own, tmp_path):
-    # pooler: among the last tensors
     folder = own.base if whose == "base" else own.experts[whose]
-    prefix = "" if whose == "base" else "bert."
-    name = f"{prefix}pooler.dense.weight"
+    name = "model.layers.0.self_attn.v_proj.weight"
     path = next(p for p in Path(folder).glob("*.safetensors") if name in load_file(p))
     resave(path, lambda tensors: tensors[name].view(-1)[3:4].fill_(bad))
     before = left(tmp_path)
     who = "the base" if whose == "base" else "expert 'code'"
-    with pytest.raises(NotFinite, match=rf"pooler.dense.weight: .*{who} .* 1 NaN or inf"):
+    with pytest.raises(NotFinite, match=rf"v_proj.weight: .*{who} .* 1 NaN or inf"):
         merged(own, tmp_path / "out")
     assert left(tmp_path) == before

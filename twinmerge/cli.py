@@ -97,6 +97,7 @@ def merge(
         show.print_result(summary, as_json, show.dry_run_text)
         return
     from .merging.build import build, build_part, join_parts
+    from .merging.journal import Workspace
 
     with _progress(quiet, "merging") as progress:
         try:
@@ -142,6 +143,11 @@ def merge(
         except KeyboardInterrupt:
             typer.echo("stopped; the same command goes on where it was", err=True)
             raise SystemExit(130) from None
+        except TwinMergeError:
+            unfinished = Workspace(out).folder
+            if unfinished.is_dir():
+                typer.echo(f"note: what was done so far is in {unfinished}", err=True)
+            raise
     for warning in manifest.warnings if as_json else ():
         typer.echo(f"warning: {warning}", err=True)
     show.print_result(show.summarise(manifest, out), as_json, show.inspect_text)

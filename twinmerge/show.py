@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ def summarise(manifest: Any, out: Path) -> dict[str, Any]:
         ]
         for expert in manifest.experts
     }
-    errors = {
+    matrices = {
         expert.name: [
-            share.error
+            share
             for tensor in manifest.tensors
             if tensor.kind == "matrix" and (share := tensor.experts.get(expert.name))
         ]
@@ -57,11 +57,9 @@ def summarise(manifest: Any, out: Path) -> dict[str, Any]:
                 "bytes": expert.bytes,
                 "share_of_base": expert.bytes / shared,
                 "max_rank": max(ranks[expert.name], default=0),
-                "mean_relative_error": (
-                    sum(errors[expert.name]) / len(errors[expert.name])
-                    if errors[expert.name]
-                    else None
-                ),
+                "mean_relative_error": _mean(share.error for share in matrices[expert.name]),
+                "mean_truncation": _mean(share.truncation for share in matrices[expert.name]),
+                "mean_bound": _mean(share.bound for share in matrices[expert.name]),
                 "drift": expert.drift,
             }
             for expert in manifest.experts
@@ -75,6 +73,12 @@ def summarise(manifest: Any, out: Path) -> dict[str, Any]:
         "budget": None if manifest.budget is None else manifest.budget.model_dump(),
         "warnings": list(manifest.warnings),
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of what was measured; None if nothing was."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -97,7 +101,17 @@ def inspect_text(result: dict[str, Any]) -> None:
     )
     _table(
         "",
-        ["expert", "kind", "bytes", "of base", "max rank", "mean error", "drift"],
+        [
+            "expert",
+            "kind",
+            "bytes",
+            "of base",
+            "max rank",
+            "mean error",
+            "truncation",
+            "bound",
+            "drift",
+        ],
         [
             [
                 expert["name"],
@@ -105,7 +119,10 @@ def inspect_text(result: dict[str, Any]) -> None:
                 f"{expert['bytes']:,}",
                 f"{expert['share_of_base']:.2%}",
                 str(expert["max_rank"]),
-                "-" if (e := expert["mean_relative_error"]) is None else f"{e:.3f}",
+                *(
+                    "-" if (e := expert[key]) is None else f"{e:.3f}"
+                    for key in ("mean_relative_error", "mean_truncation", "mean_bound")
+                ),
                 f"{expert['drift']:.4f}",
             ]
             for expert in result["experts"]

@@ -21,8 +21,11 @@ from .exclusive import squared_norm
 BLOCK = 1 << 16
 """Entries of a block: a quarter of a megabyte in float32."""
 
-GROUP = 32
+GROUP = 8
 """Blocks that one task of a pool does."""
+
+SMALL = 1 << 20
+"""Bytes below which a result takes no turn of a buffer: memory of that size is not fresh anyway."""
 
 Merge = Callable[[Tensor, list[Tensor]], Tensor]
 """(base, experts) of one block -> the shared expert's block, all in one dtype."""
@@ -57,6 +60,8 @@ class Buffers:
     def next(self, entries: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor of so many entries, not cleared."""
         size = entries * dtype.itemsize
+        if size < SMALL:
+            return torch.empty(entries, dtype=dtype)
         buffer = self._free.pop(0)
         if buffer.numel() < size:
             buffer = torch.empty(0)  # let go of the old before the new is there
@@ -106,8 +111,7 @@ def merge_blocks(
                 torch.sub(own[-1], ground, out=delta)
                 square = squared_norm(delta)
                 total.experts[index] += square
-                # A square may underflow to 0 where the entries do not.
-                total.changed |= square != 0 or bool(delta.any())
+                total.changed |= square != 0
                 sum_.add_(delta, alpha=coefficients[index])
             if result is not None:
                 result[span] = merge(ground, own) if callable(merge) else sum_.add_(ground)

@@ -91,4 +91,4 @@ def spend_evenly(
 
 
 def _left(candidates: Mapping[Key, Candidate], ranks: Mapping[Key, int]) -> float:
-    return sum(candidates[key].squares[rank] for key, rank in ranks.items())
+    return sum((candidates[key].squares[rank] for key, rank in ranks.items()), 0.0)

@@ -26,6 +26,7 @@ from ..artifact.tensorfile import HashedFile, raw
 from ..artifact.writer import check_space, check_target, explained
 from ..errors import CorruptCheckpoint, OutputError, TwinMergeError
 from ..recipe import Recipe
+from .blocks import SMALL
 from .join import Finished, join, unfinished
 from .journal import RESTART, Line, Part, Workspace
 from .plan import Plan, make_plan
@@ -267,13 +268,16 @@ class _Writer:
         self._due = self._due[len(part.lines) :]
         self._open: tuple[Segment, HashedFile] | None = None
         self._problem: BaseException | None = None
-        self._queue: Queue[Done | None] = Queue()
+        self._queue: Queue[Done | None] = Queue(maxsize=32)
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
     def put(self, done: Done) -> None:
         """Hand over the next tensor. Raises what went wrong with an earlier one."""
-        self._queue.join()  # one is written while one is made: more would only hold memory
+        # One is written while one is made: more would only hold memory. Small ones may queue, for
+        # they are made faster than what is before them is written.
+        if done.bytes >= SMALL:
+            self._queue.join()
         self._queue.put(done)
         if self._problem is not None:
             raise self._problem
@@ -338,12 +342,11 @@ class _Writer:
             if self._open[0] is segment:
                 return self._open[1]
             self._open[1].close()
-        file = self._part.shared_file(segment.file)
-        if file is None:
-            file = HashedFile(self._part.folder / segment.file)
-            if segment.complete:
-                file.write(shared_layout(segment.tensors).header)
+        begun = self._part.shared_file(segment.file)
+        file = begun or HashedFile(self._part.folder / segment.file)
         self._open = segment, file
+        if segment.complete and begun is None:
+            file.write(shared_layout(segment.tensors).header)
         return file
 
 

@@ -66,7 +66,9 @@ def tokenizer_warnings(plan: Plan) -> list[str]:
     ours = _vocabulary(plan.base.folder)
     warnings = []
     for expert in plan.experts:
-        theirs = _vocabulary(expert.folder) if ours is not None else None
+        if ours is None or _same_file(plan.base.folder, expert.folder, "tokenizer.json"):
+            continue
+        theirs = _vocabulary(expert.folder)
         if theirs is not None and theirs != ours:
             warnings.append(
                 f"expert '{expert.name}': its tokenizer has another vocabulary than the "
@@ -85,6 +87,11 @@ def _store_dtype(path: Path, dtype: str) -> None:
 
     config = {"dtype": None, **json.loads(path.read_text(encoding="utf-8"))}
     path.write_text(json.dumps(named(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _same_file(one: Path, other: Path, name: str) -> bool:
+    mine, theirs = one / name, other / name
+    return theirs.is_file() and mine.read_bytes() == theirs.read_bytes()
 
 
 def _vocabulary(folder: Path) -> object:

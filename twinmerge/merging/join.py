@@ -44,7 +44,7 @@ from .plan import Plan
 from .segments import Segment, shared_layout
 from .sparse import Histogram, above, count_of, threshold_of
 from .stream import drift_warnings, refuse_twins
-from .work import DENSE
+from .work import DENSE, check_entries
 
 
 @dataclass
@@ -116,12 +116,17 @@ def join(
         if plan.keep.scope_all:
             chosen = workspace.folder / "chosen.spool"
             spools[0] = open(chosen, "w+b")
-            _choose_entries(plan, kept, chosen, spools[0])
+            with HashedFile(chosen) as file:
+                _choose_entries(plan, kept, Spool(file), spools[0])
         budget = _spend_budget(plan, lines, kept) if plan.keep.budget is not None else None
         files = {
             expert_file(name): _write_expert(plan, name, kept, whole / expert_file(name))
             for name in names
         }
+        if budget is not None:
+            # Until now with headers as long as they may get.
+            used = sum(file.bytes for file in files.values())
+            budget = budget.model_copy(update={"spent": used})
     finally:
         for spool in spools.values():
             spool.close()
@@ -207,14 +212,14 @@ def _join_shard(
         except OSError:
             shutil.copyfile(source, path)
         return FileRecord(bytes=line.end, sha256=line.sha256)
-    file = HashedFile(path)
-    file.write(shared_layout([t for segment in segments for t in segment.tensors]).header)
-    for segment in segments:
-        part, _ = lines[segment.tensors[-1].key]
-        with open(part.folder / segment.file, "rb") as source:
-            while chunk := source.read(1 << 22):
-                file.write(chunk)
-    return file.close()
+    with HashedFile(path) as file:
+        file.write(shared_layout([t for segment in segments for t in segment.tensors]).header)
+        for segment in segments:
+            part, _ = lines[segment.tensors[-1].key]
+            with open(part.folder / segment.file, "rb") as source:
+                while chunk := source.read(1 << 22):
+                    file.write(chunk)
+        return file.close()
 
 
 # ------------------------------------------------------------------------------ experts' files
@@ -228,10 +233,10 @@ def _write_expert(plan: Plan, name: str, kept: dict[Key, _Pieces], path: Path) -
         if pieces is not None and not pieces.share.empty:
             found += [(entry, pieces, piece) for entry, piece in pieces.entries(tensor.name)]
     found.sort(key=lambda item: -item[0][1].itemsize)
-    writer = TensorFileWriter(path, layout(entry for entry, _, _ in found))
-    for entry, pieces, piece in found:
-        writer.add(entry[0], pieces.read(piece))
-    return writer.close()
+    with TensorFileWriter(path, layout(entry for entry, _, _ in found)) as writer:
+        for entry, pieces, piece in found:
+            writer.add(entry[0], pieces.read(piece))
+        return writer.close()
 
 
 def _spend_budget(
@@ -252,7 +257,10 @@ def _spend_budget(
     reached = 0
     for key, candidate in candidates.items():
         rank, square = spent.ranks[key], candidate.squares[0]
-        reached += 0 < len(candidate.squares) - 1 == rank < min(matrices[key[0]])
+        shape = matrices[key[0]]
+        reached += rank == plan.keep.cut.limit(*shape) < min(shape)
+        if rank == len(candidate.squares) - 1:
+            continue  # all of it: its errors were measured better than as differences of squares
 
         def share(part: float, whole: float = square) -> float:
             return (max(part, 0.0) / whole) ** 0.5 if whole else 0.0
@@ -300,9 +308,11 @@ def _fixed_bytes(plan: Plan, kept: dict[Key, _Pieces], candidates: dict) -> int:
     return total
 
 
-def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], path: Path, reader: BinaryIO) -> None:
-    """Replace whole differences in `kept` by the largest entries of all matrices of each expert."""
-    spool = Spool(HashedFile(path))
+def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], spool: Spool, reader: BinaryIO) -> None:
+    """Replace whole differences in `kept` by the largest entries of all matrices of each expert.
+
+    These go to `spool`, which `reader` reads.
+    """
     for name in (expert.name for expert in plan.experts):
         mine = [
             (tensor, kept[tensor.key, name])
@@ -331,6 +341,7 @@ def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], path: Path, reader: Bi
             more = int((delta.abs() > threshold).sum())
             dtype = plan.keep.dtype_of(tensor)
             entries = above(delta, threshold, more + mine_of_ties, dtype)
+            check_entries(entries, tensor.name)
             stored = entries.stored if entries.count else {}
             kept[tensor.key, name] = _Pieces(
                 reader,
@@ -342,7 +353,6 @@ def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], path: Path, reader: Bi
                     error=entries.error,
                 ),
             )
-    spool.file.close()
 
 
 def unfinished(parts: Sequence[Finished], segments: Sequence[Sequence[Segment]]) -> list[int]:

@@ -15,7 +15,6 @@ written is never built upon.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -172,12 +171,14 @@ class Part:
             if restart:
                 self._clear()
             self.lines = self._resumed(build)
-            self.spool = self._spool()
             for name in {line.file for line in self.lines}:
                 if file := self.shared_file(name):
                     file.close()
+            self.spool = self._spool()
             self._journal = open(folder / "journal.jsonl", "ab", buffering=0)
         except BaseException:
+            if not (folder / "journal.jsonl").is_file():
+                self.discard()  # nothing was done yet
             self._lock.close()
             raise
 
@@ -248,10 +249,10 @@ class Part:
         self.lines.append(line)
 
     def discard(self) -> None:
-        """Remove the folder; those of other parts stay."""
+        """Remove the folder, and after the last part the unfinished build."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.folder.parent.rmdir()
+        if not any(self.folder.parent.glob("part-*")):
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def close(self) -> None:
         self._journal.close()

@@ -86,7 +86,8 @@ def keep_of(
 ) -> Keep:
     """The recipe's `exclusive` section in numbers.
 
-    whole_bytes: of one expert's vectors and head, which a budget pays for first
+    whole_bytes: of one expert's vectors and head and its file's header, for which a budget pays
+    first
 
     Raises `RecipeError` if the budget is smaller than those.
     """
@@ -107,7 +108,8 @@ def keep_of(
     if each < whole_bytes:
         raise RecipeError(
             f"exclusive.budget: {exclusive.budget} is {each:,} bytes for each expert, but the "
-            f"vectors and the head, which are kept whole, alone take up to {whole_bytes:,}.\n  "
+            "vectors and the head, which are kept whole, and the file's header alone take up to "
+            f"{whole_bytes:,}.\n  "
             "Give more, or build a static merge (exclusive: {rank: none})."
         )
     plain = Keep("svd", Cut(full=True), bits, dtype)

@@ -46,6 +46,8 @@ TOLERANCE = 4e-3
 FLOOR = 1e-10
 # Rounding of the energy found, as a share of it.
 ROUNDING = 4 * torch.finfo(torch.float32).eps
+# Entries from which a pass over the matrix costs more than a look at what was found.
+LARGE = 1 << 20
 # Beyond this share of the short side the space costs as much as the exact SVD.
 LARGEST_SPACE = 0.65
 
@@ -81,7 +83,9 @@ def _iterate(a: Tensor, rank: int, energy: float) -> Triplets | None:
     space = _Space(a, int(LARGEST_SPACE * short))
     start = _times(a, _start(short, width + COLUMNS).to(a))
     following, fresh = start.split([width, COLUMNS], dim=1)
-    check_at, blocks = max(5 * rank, 2 * COLUMNS), 0
+    # Where a pass over the matrix is dear, a first look that may come too early pays.
+    first = 4 if a.numel() >= LARGE else 5
+    check_at, blocks = max(first * rank, 2 * COLUMNS), 0
     while True:
         if space.size < check_at <= space.size + width and fresh is not None:
             following, fresh = torch.cat([following, space.beyond(fresh)], dim=1), None
@@ -112,30 +116,31 @@ class _Space:
         long, short = a.shape
         self.a = a
         self.size = self._settled = 0
-        self._basis, self._image = a.new_empty(long, room), a.new_empty(short, room)
-        self._precise = a.new_empty(short, room, dtype=torch.float64)
+        # Rows are columns of the basis: memory is touched only as the space grows.
+        self._basis, self._image = a.new_empty(room, long), a.new_empty(room, short)
+        self._precise = a.new_empty(room, short, dtype=torch.float64)
         self._gram = a.new_empty(room, room, dtype=torch.float64)
 
     @property
     def basis(self) -> Tensor:
-        return self._basis[:, : self.size]
+        return self._basis[: self.size].T
 
     def fits(self, block: Tensor) -> bool:
-        return self.size + block.shape[1] <= self._basis.shape[1]
+        return self.size + block.shape[1] <= len(self._basis)
 
     def add(self, block: Tensor) -> None:
         new = slice(self.size, self.size + block.shape[1])
-        self._basis[:, new] = block
-        self._image[:, new] = _times(self.a.T, block)
-        self._precise[:, new] = self._image[:, new]
+        self._basis[new] = block.T
+        self._image[new] = _times(self.a.T, block).T
+        self._precise[new] = self._image[new]
         self._settled, self.size = self.size, new.stop
-        column = self._precise[:, : self.size].T @ self._precise[:, new]
-        self._gram[: self.size, new] = column
-        self._gram[new, : self.size] = column.T
+        rows = self._precise[new] @ self._precise[: self.size].T
+        self._gram[new, : self.size] = rows
+        self._gram[: self.size, new] = rows.T
 
     def follow(self) -> Tensor:
         """What `A Aᵀ` makes of the last block, beyond the space; earlier ones stay within it."""
-        return self.beyond(_times(self.a, self._image[:, self._settled : self.size]))
+        return self.beyond(_times(self.a, self._image[self._settled : self.size].T))
 
     def beyond(self, block: Tensor) -> Tensor:
         """The part of a block that is orthogonal to the space, up to rounding of the block."""
@@ -148,7 +153,7 @@ class _Space:
 
     def triplets(self, theta: Tensor, w: Tensor, missed: float) -> Triplets:
         w = w.to(self._basis.dtype)
-        u, v, s = self.basis @ w, self._image[:, : self.size] @ w, theta.clamp(min=0).sqrt()
+        u, v, s = self.basis @ w, self._image[: self.size].T @ w, theta.clamp(min=0).sqrt()
         missed += ROUNDING * float(theta.sum())
         if float(s[-1]) > 1e-3 * float(s[0]):
             s = s.to(v.dtype)

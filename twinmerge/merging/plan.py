@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..artifact.format import DELTA, HEAD
+from ..artifact.tensorfile import Entry, layout
 from ..checkpoint import Checkpoint, Expert, check_shapes, open_expert
 from ..errors import CheckpointError, MissingTensor, RecipeError, UnsupportedCheckpoint
 from ..recipe import Depths, Recipe
@@ -181,7 +183,7 @@ def make_plan(recipe: Recipe) -> Plan:
         [tensor for tensor in tensors if tensor.kind == "matrix"],
         len(experts),
         shared_bytes=sum(tensor.bytes for tensor in tensors),
-        whole_bytes=_whole_bytes(tensors, experts, vectors=True),
+        whole_bytes=_whole_bytes(tensors, experts, vectors=True) + _header_bytes(tensors, experts),
     )
     recipe.check_tensors(
         [tensor.name for tensor in tensors if tensor.kind in ("matrix", "vector")],
@@ -225,6 +227,19 @@ def _whole_bytes(tensors: list[Planned], experts: list[Expert], *, vectors: bool
         elif tensor.kind == "vector" and vectors:
             total += prod(tensor.shape) * tensor.dtype.itemsize
     return total
+
+
+def _header_bytes(tensors: list[Planned], experts: list[Expert]) -> int:
+    """Most bytes of the header of one expert's file without factors."""
+    entries: list[Entry] = []
+    for tensor in tensors:
+        if tensor.kind == "head":
+            shapes = [expert.info(tensor.name).shape for expert in experts]
+            entries.append((tensor.name + HEAD, torch.float64, max(shapes, key=prod)))
+        elif tensor.kind == "vector":
+            entries.append((tensor.name + DELTA, torch.float64, tensor.shape))
+    # "BF16" is a letter longer than "F64"; the whole is rounded up to 8 bytes.
+    return len(layout(entries).header) + len(entries) + 8
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

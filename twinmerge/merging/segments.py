@@ -55,13 +55,13 @@ def divide(plan: Plan, shards: dict[str, list[Planned]], count: int) -> list[lis
     sizes = [prod(tensor.shape) + 1 for tensor in plan.tensors]
     total, done, owner = sum(sizes), 0, {}
     for tensor, size in zip(plan.tensors, sizes, strict=True):
-        owner[tensor.name] = min(count - 1, (2 * done + size) * count // (2 * total))
+        owner[tensor.key] = min(count - 1, (2 * done + size) * count // (2 * total))
         done += size
     parts: list[list[Segment]] = [[] for _ in range(count)]
     for shard, tensors in shards.items():
-        owners = sorted({owner[tensor.name] for tensor in tensors})
+        owners = sorted({owner[tensor.key] for tensor in tensors})
         for index in owners:
-            mine = tuple(tensor for tensor in tensors if owner[tensor.name] == index)
+            mine = tuple(tensor for tensor in tensors if owner[tensor.key] == index)
             parts[index].append(Segment(shard, mine, complete=len(owners) == 1))
     return parts
 

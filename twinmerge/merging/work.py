@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..artifact.format import DELTA, HEAD, Share
+from ..artifact.format import DELTA, HEAD, VALUES, Share
 from ..checkpoint import LowRank
 from ..errors import CheckpointError, NotFinite
 from ..recipe import Depths
@@ -54,6 +54,12 @@ class Done:
     base_square: float = 0.0
     moved: tuple[float, ...] = ()
     unlike: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Of all its tensors."""
+        kept = (part for each in self.kept.values() for part in each.tensors.values())
+        return sum(part.nbytes for part in (self.shared, *kept) if part is not None)
 
 
 class Worker:
@@ -250,9 +256,12 @@ class Worker:
             share = Share(storage="whole", bytes=dense.nbytes, error=0.0)
             return Kept({DENSE: dense}, share)
         if keep.form == "magnitude":
-            return _sparse(magnitude(delta, keep.density, dtype))
-        draw = self._generator(f"{tensor.name}/exclusive", name)
-        return _sparse(dropout(delta, keep.density, draw, dtype))
+            entries = magnitude(delta, keep.density, dtype)
+        else:
+            draw = self._generator(f"{tensor.name}/exclusive", name)
+            entries = dropout(delta, keep.density, draw, dtype)
+        check_entries(entries, tensor.name)
+        return _sparse(entries)
 
     # ------------------------------------------------------------------ small things
 
@@ -305,6 +314,16 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         if torch.isfinite(wide).all():
             raise _too_large(name, float(wide.abs().max()))
     return out
+
+
+def check_entries(entries: Entries, name: str) -> None:
+    """Raise `NotFinite` if an entry became infinite by the dtype that it is stored in."""
+    if not torch.isfinite(entries.stored[VALUES]).all():
+        raise NotFinite(
+            f"{name}: an entry of the exclusive part (dropout's are divided by the density) is "
+            "beyond what float16 can hold (its largest number is 65504).\n"
+            "  Set exclusive.dtype to bfloat16 or float32."
+        )
 
 
 def _check_overflow(stored: Tensor, step: Step, tensor: Planned) -> None:

@@ -6,6 +6,7 @@ generator for each expert, so that neither the order of experts nor the number o
 changes what is drawn.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,6 +195,7 @@ def weighted_sum(
     return total
 
 
+@functools.cache  # asked for every tensor
 def _keywords(fn: Callable[..., Tensor]) -> dict[str, inspect.Parameter]:
     """Keyword-only parameters by their recipe names."""
     return {
