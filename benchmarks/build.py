@@ -334,7 +334,7 @@ def main(
         list[str] | None,
         typer.Option(help="GB of a model[:width[:dtype]]; default: " + " ".join(POINTS)),
     ] = None,
-    method_point: Annotated[str, typer.Option(help="The same, for methods.")] = "1",
+    method_point: Annotated[str, typer.Option(help="The same, for methods.")] = "0.5",
     rank: Annotated[int, typer.Option()] = 16,
     budget: Annotated[list[str] | None, typer.Option(help="Default: 1, 3, 6 and 12 %.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Storages under a budget.")] = None,

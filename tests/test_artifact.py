@@ -794,15 +794,22 @@ def test_the_current_folder_is_a_target_like_any_other(zoo, tmp_path, monkeypatc
     assert left(tmp_path) == ["here"]
 
 
-def test_a_folder_that_cannot_make_way_is_told_before_the_work(zoo, tmp_path, monkeypatch):
+def test_a_mount_point_is_refused_before_the_work(zoo, tmp_path, monkeypatch):
     def no_work(*_):
         raise AssertionError("no work is done")
 
-    def busy(self):
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
     made = zoo.made("bert")
     (tmp_path / "volume").mkdir()
-    monkeypatch.setattr(Path, "rmdir", busy)
-    with pytest.raises(OutputError, match="cannot be written .Device or resource busy"):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "volume")
+    with pytest.raises(OutputError, match="volume: a mount point, .* Name a folder inside of it"):
         merge(made.base, made.experts, tmp_path / "volume", progress=no_work)
+    assert left(tmp_path) == ["volume"]
+
+
+def test_a_link_to_an_empty_folder_is_filled_there(zoo, tmp_path):
+    made = zoo.made("bert")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    merge(made.base, made.experts, tmp_path / "out")
+    assert left(tmp_path) == ["disk", "out"] and (tmp_path / "disk" / MANIFEST).is_file()
+    load(tmp_path / "out")

@@ -102,6 +102,16 @@ def test_the_bound_holds_at_both_ends_of_float32(bits, size):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_numbers_come_back_finite(bits, dtype):
+    x = torch.finfo(torch.float32).max * torch.tensor([[1.0, -1.0, 0.997, 0.0, -0.25]])
+    coded = quantise(x, bits)
+    back = dequantise(coded, dtype)
+    assert back.isfinite().all()
+    assert ((x.double() - back.double()).abs() <= 1.01 * each_scale(coded)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_a_group_of_zeros_has_scale_zero_and_stays_zero(bits):
     x = torch.zeros(2, 130)
     x[0, 70] = 3.0

@@ -157,6 +157,37 @@ def test_weights_that_change_with_depth_give_each_layer_its_own_shared_expert(ll
             assert each.energy["1"] == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.parametrize("normalize", [False, [{"filter": "layers.1", "value": False}, True]])
+def test_weights_that_do_not_sum_to_1_leave_a_part_of_the_base_to_every_expert(llama, normalize):
+    flag = [{"value": v} if v is True else v for v in normalize] if normalize else normalize
+    parameters = {"weight": 0.2, "normalize": flag}
+    exclusive = {"rank": 3}
+    found = diagnose(
+        recipe(llama.base, llama.experts, parameters=parameters, exclusive=exclusive), sample=None
+    )
+    base, deltas = by_hand(llama.base, llama.experts)
+    for each in found.spectra:
+        name = each.tensor
+        shrinks = normalize is False or "layers.1" in name
+        models = {n: base[name] + deltas[n][name] for n in NAMES}
+        shared = sum((0.2 if shrinks else 1 / 3) * model for model in models.values())
+        energy = torch.linalg.svdvals(models[each.expert] - shared).square()
+        assert each.kept == pytest.approx(float(energy[:3].sum() / energy.sum()), rel=1e-4)
+    told = finding(found, "shared expert", "sum to 0.6 and are not normalised")
+    assert told.level == "look" and found.against == "the shared expert by linear"
+
+
+def test_what_stands_in_for_the_shared_expert_never_assures_of_a_rank(llama):
+    ties = {"merge_method": "ties", "parameters": {"density": 0.5}, "exclusive": {"rank": 15}}
+    found = diagnose(recipe(llama.base, llama.experts, **ties), sample=4)
+    assert found.against == "the experts' average" and found.experts[0].kept["median"] > 0.9
+    assert all(f.subject != "exclusive" for f in found.findings)
+    little = diagnose(recipe(llama.base, llama.experts, **ties | {"exclusive": {"rank": 1}}))
+    assert finding(little, "exclusive", "measured against the experts' average").level == "look"
+    alone = diagnose(recipe(llama.base, {"math": llama.experts["math"]}, **ties), sample=4)
+    assert alone.against == "the base" and alone.experts[0].ranks is not None
+
+
 def test_adapters_are_measured_like_the_full_models_that_they_stand_for(zoo, tmp_path):
     wide = FAMILIES["llama"]
     sizes = wide.sizes | {"hidden_size": 32, "intermediate_size": 40, "head_dim": 16}
@@ -398,6 +429,15 @@ def test_labels_of_two_experts_that_do_not_fit_their_heads_are_both_told(zoo):
     assert len(said(found, "fail")) == 2 and found.measured == ("math", "code")
 
 
+def test_weights_that_a_merge_refuses_are_one_finding_and_all_else_is_measured(llama):
+    weight = [{"filter": "q_proj", "value": 0}, {"value": 1}]
+    found = diagnose(recipe(llama.base, llama.experts, parameters={"weight": weight}), sample=5)
+    ((subject, text),) = said(found, "fail")
+    assert subject == "recipe" and "sum to 0" in text
+    assert found.measured == NAMES and len(found.sampled) == 5
+    assert found.against.endswith("by linear, or the experts' average where that is not known")
+
+
 def test_numbers_that_are_not_finite_are_told_and_left_out(llama, copied):
     name = "model.layers.0.mlp.up_proj.weight"
     broken = copied(llama.experts["math"], lambda t: t[name].view(-1)[3:4].fill_(float("nan")))
@@ -456,6 +496,19 @@ def test_what_the_build_needs_is_what_the_plan_says(llama):
     dropout = diagnose(recipe(llama.base, llama.experts,
                               exclusive={"form": "dropout", "density": 0.1}))  # fmt: skip
     assert dropout.needs is not None and dropout.needs.svd_seconds == 0.0
+
+
+def test_free_memory_is_what_a_container_still_has(tmp_path, monkeypatch):
+    for name, content in (
+        ("memory.max", "1000\n"),
+        ("memory.current", "900\n"),
+        ("memory.stat", "anon 600\nfile 300\ninactive_file 100\nactive_file 150\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(examine, "CGROUP", tmp_path)
+    assert examine.free_memory() == 1000 - 900 + 250
+    (tmp_path / "memory.max").write_text("max\n")
+    assert examine.free_memory() != 350
 
 
 # --------------------------------------------------------------------------------- tokenizers

@@ -34,15 +34,8 @@ from twinmerge.artifact.codec import decode_quantised, decode_sparse, dequantise
 from twinmerge.artifact.format import Manifest, Share, TensorRecord
 from twinmerge.errors import NotFinite
 from twinmerge.merging.exclusive import Cut, factorize
-from twinmerge.merging.sparse import (
-    Entries,
-    Histogram,
-    above,
-    count_of,
-    dropout,
-    magnitude,
-    threshold_of,
-)
+from twinmerge.merging.shared.blocks import largest
+from twinmerge.merging.sparse import Entries, count_of, dropout, magnitude, select
 from twinmerge.runtime.load import load
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -146,7 +139,7 @@ def test_dropout_is_the_delta_on_average():
 def test_nothing_is_kept_of_no_difference(shape):
     delta = torch.zeros(shape)
     for entries in (
-        magnitude(delta, 0.5) if delta.numel() else above(delta, 0.0, 0, torch.float32),
+        magnitude(delta, 0.5),
         dropout(delta, 0.5, torch.Generator().manual_seed(0)),
     ):
         assert entries.count == 0 and entries.error == 0
@@ -167,22 +160,26 @@ def test_a_single_entry_is_kept():
     scale=st.sampled_from([1.0, 1e-30, 1e-44, 1e30]),
     data=st.data(),
 )
-def test_two_rounds_of_counting_find_the_exact_threshold(sizes, seed, levels, scale, data):
+def test_the_largest_of_many_tensors_are_those_of_one_row(sizes, seed, levels, scale, data):
     tensors = [
         scale * ((randn(n, seed=seed + i) * levels).round() / levels) for i, n in enumerate(sizes)
     ]
     everything = torch.cat(tensors).abs().sort(descending=True).values
     count = data.draw(st.integers(1, len(everything)))
-    coarse = Histogram()
+    where, start, kept = largest(tensors, len(everything), count), 0, []
     for tensor in tensors:
-        coarse.see(tensor)
-    high, larger = coarse.bin_of(count)
-    fine = Histogram(high)
-    for tensor in tensors:
-        fine.see(tensor)
-    low, above_bin = fine.bin_of(count - larger)
-    assert threshold_of(high, low) == float(everything[count - 1])
-    assert larger + above_bin == int((everything > everything[count - 1]).sum())
+        entries = select(tensor, where, start, torch.float32)
+        kept.append(dense(entries, tuple(tensor.shape)))
+        start += len(tensor)
+    found = torch.cat(kept)
+    nonzero = int((everything > 0).sum())
+    assert int((found != 0).sum()) == min(count, nonzero)  # zeros are never kept
+    smallest = float(found.abs()[found != 0].min()) if nonzero else 0.0
+    assert smallest == float(everything[min(count, max(1, nonzero)) - 1])
+    # of equal ones the first
+    equal = (torch.cat(tensors).abs() == smallest).nonzero().flatten()
+    taken = (found.abs() == smallest).nonzero().flatten()
+    assert not nonzero or torch.equal(taken, equal[: len(taken)])
 
 
 # -------------------------------------------------------------------------- quantised, by itself
@@ -584,6 +581,6 @@ def test_an_entry_that_float16_cannot_hold_is_told(zoo, tmp_path):
         options = dict(merge_method="task_arithmetic", parameters={"weight": 0.0})
         if form["form"] == "magnitude":
             options["parameters"] = {"weight": -80.0}  # the shared expert is far off
-        with pytest.raises(NotFinite, match=r"query.weight: .*float16.*65504"):
+        with pytest.raises(NotFinite, match=r"(?s)query.weight: .*float16.*exclusive.dtype"):
             merge(own.base, own.experts, tmp_path / "out", exclusive=form, **options)
         assert sorted(tmp_path.iterdir()) == before

@@ -480,6 +480,38 @@ def test_a_layer_moved_to_another_type_and_back_keeps_what_is_quantised(storage,
         assert isinstance(part, Packed) and not any(b.is_floating_point() for b in part.buffers())
 
 
+AUTOCAST = (
+    "linear", "linear, bias only", "conv1d of gpt2", "embedding", "embedding that scales",
+    "layer norm", "rms norm of llama", "convolution",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_a_layer_runs_under_autocast(name, storage):
+    case = CASES[name]().store(storage)
+    weights = randn(4, T, seed=7).softmax(dim=1)
+    want = rows(case, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(case, weights)
+        assert got.dtype == case.inner(case.x).dtype
+    assert float((got - want).abs().max()) <= 0.05 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_convolution_of_one_channel_has_the_models_type(storage, dtype):
+    case = CASES["convolution, one channel out"]().store(storage)
+    weights = randn(4, T, seed=7).softmax(dim=1)
+    want = rows(case, weights)
+    parts = tuple(copy.deepcopy(part).to(dtype) for part in case.patches["weight"].parts)
+    twin = case.make(copy.deepcopy(case.inner).to(dtype), {"weight": parts})  # as `attach` does it
+    with routed(Routing(weights, None)):
+        got = twin(case.x.to(dtype))
+    assert got.dtype == dtype
+    assert float((got - want).abs().max()) <= 0.05 * float(want.abs().max())
+
+
 def test_a_sparse_expert_whom_no_row_wants_is_not_even_written_out(monkeypatch):
     case = layer_of("sparse")
     seen = []

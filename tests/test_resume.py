@@ -18,14 +18,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import randn
 from safetensors.torch import load_file, save_file
 from test_conformance import assert_same_files
-from tiny import FAMILIES, Made, adapter, made, opened, recipe, save
+from tiny import FAMILIES, Made, adapter, made, merge, opened, recipe, save
 
 from twinmerge import cli
 from twinmerge.artifact.tensorfile import HashedFile
 from twinmerge.errors import CheckpointError, CorruptCheckpoint, NotFinite, OutputError
 from twinmerge.merging import build as building
+from twinmerge.merging import work
 from twinmerge.merging.journal import Part, Workspace
 from twinmerge.merging.work import Worker
 
@@ -352,6 +354,21 @@ def test_lines_that_are_none_are_cut_off(tail, llama, undisturbed, started, monk
     assert_same_files(out, undisturbed("rank")[0])
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_flipped_digit_in_the_journal_is_seen_and_its_tensors_done_again(
+    number, llama, undisturbed, started, monkeypatch
+):
+    out = started()
+    path = Workspace(out).part(0, 1) / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    digit = lines[number].index(b'"spool_end":') + len(b'"spool_end":')
+    changed = b"8" if lines[number][digit : digit + 1] != b"8" else b"9"
+    lines[number] = lines[number][:digit] + changed + lines[number][digit + 1 :]
+    path.write_bytes(b"".join(lines))
+    assert resumed(llama, out, "rank", monkeypatch) == number
+    assert_same_files(out, undisturbed("rank")[0])
+
+
 def test_bytes_behind_the_last_line_are_cut_off(llama, undisturbed, started, monkeypatch):
     out = started()
     folder, done = Workspace(out).part(0, 1), noted(out)
@@ -391,7 +408,8 @@ def test_what_was_damaged_is_named_and_begun_anew_on_request(
 ):
     out = started(9, way=way)
     folder, done = Workspace(out).part(0, 1), noted(out)
-    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_bytes().splitlines()]
+    journal = (folder / "journal.jsonl").read_bytes().splitlines()
+    lines = [json.loads(line.partition(b" ")[2]) for line in journal]
     ends = {line["file"]: line["end"] for line in lines}
     ends["experts.spool"] = lines[-1]["spool_end"]
     assert len(ends) > 2
@@ -648,8 +666,9 @@ def test_an_adapter_that_changed_is_named(tmp_path, zoo):
     assert_same_files(tmp_path / "out", tmp_path / "plain")
 
 
-@pytest.mark.parametrize("whose", ["code", "base"])
-@pytest.mark.parametrize("at", [0, 5, 12])
+@pytest.mark.parametrize(
+    ("at", "whose"), [(0, "code"), (5, "code"), (12, "code"), (0, "base"), (5, "base")]
+)
 def test_a_shard_that_vanishes_half_way_may_come_back(at, whose, own, tmp_path, monkeypatch):
     out = tmp_path / "out"
     folder = own.base if whose == "base" else own.experts[whose]
@@ -707,3 +726,56 @@ def test_a_checkpoint_that_is_not_finite_leaves_nothing_behind(bad, whose, own, 
     with pytest.raises(NotFinite, match=rf"v_proj.weight: .*{who} .* 1 NaN or inf"):
         merged(own, tmp_path / "out")
     assert left(tmp_path) == before
+
+
+def test_a_tensor_that_was_overwritten_while_it_was_in_work_is_never_noted_as_done(
+    tmp_path, monkeypatch
+):
+    # Large tensors are the file itself: what was checked when it was opened may change under it.
+    models = tmp_path / "models"
+    weights = {f"layer.{i}.weight": randn(600, 600, seed=i) for i in range(3)}
+    for name, scale in {"base": 0.0, "math": 0.01, "code": 0.02}.items():
+        (models / name).mkdir(parents=True)
+        own = {key: w + scale * randn(600, 600, seed=9) for key, w in weights.items()}
+        save_file(own, models / name / "model.safetensors")
+        config = {"model_type": "bert", "architectures": ["BertModel"]}
+        (models / name / "config.json").write_text(json.dumps(config))
+    experts = {name: str(models / name) for name in ("math", "code")}
+    merge(str(models / "base"), experts, tmp_path / "plain", exclusive={"rank": 2})
+    path = models / "math" / "model.safetensors"
+    content, before, read, count = path.read_bytes(), path.stat(), work.read_step, []
+
+    def read_step(plan, tensor, **options):
+        step = read(plan, tensor, **options)
+        count.append(tensor.name)
+        if len(count) == 2:
+            with open(path, "r+b") as file:
+                file.seek(len(content) // 8)
+                file.write(bytes(len(content) // 2))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        return step
+
+    monkeypatch.setattr(work, "read_step", read_step)
+    out = tmp_path / "out"
+    with pytest.raises(CorruptCheckpoint, match="written to since"):
+        merge(str(models / "base"), experts, out, exclusive={"rank": 2})
+    assert noted(out) == 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    merge(str(models / "base"), experts, out, exclusive={"rank": 2})
+    assert_same_files(out, tmp_path / "plain")
+
+
+def test_what_could_not_be_read_does_not_cost_what_was_done(own, tmp_path, monkeypatch):
+    out, read, count = tmp_path / "out", work.read_step, []
+
+    def stale(plan, tensor, **options):
+        count.append(tensor.name)
+        if len(count) == 6:
+            raise CheckpointError("a file that can be read, got Stale file handle") from OSError()
+        return read(plan, tensor, **options)
+
+    monkeypatch.setattr(work, "read_step", stale)
+    with pytest.raises(CheckpointError, match="Stale"):
+        merged(own, out)
+    assert noted(out) >= 5

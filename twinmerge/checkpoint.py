@@ -180,6 +180,10 @@ class Checkpoint:
         """Ask the kernel to read the tensor ahead. Returns at once and never fails."""
         self.files.prefetch([name])
 
+    def check(self, name: str) -> None:
+        """Raise `CorruptCheckpoint` if the tensor's file was changed since it was opened."""
+        self.files.check([name])
+
     def identity(self) -> dict[str, list[int]]:
         """{file name: [bytes, time of writing in ns]} of weights, index and config, at opening."""
         return self.files.identity()
@@ -414,6 +418,10 @@ class Expert:
         """
         with contextlib.suppress(MissingTensor):
             self._files.prefetch(self._entry(name).stored)
+
+    def check(self, name: str) -> None:
+        """Raise `CorruptCheckpoint` if the tensor's own file was changed since it was opened."""
+        self._files.check(self._entry(name).stored)
 
     def identity(self) -> dict[str, list[int]]:
         """{file name: [bytes, time of writing in ns]} of its weights, index and config, at opening.

@@ -85,6 +85,11 @@ def merge(
         written = written.model_copy(update={"base_model": base})
         resolved = resolved.model_copy(update={"base_model": base})
     _check_division(num_shards, shard_index, join, engine)
+    if join and restart:
+        raise InputError(
+            "--join --restart: a join begins anew in any case. To do a part again, give --restart "
+            "with its --shard-index."
+        )
     if dry_run:
         from .artifact.writer import check_space, check_target
         from .merging.plan import make_plan

@@ -97,6 +97,14 @@ class TensorFiles:
                 shard = self._shard(name)
                 self._file(shard).prefetch(name)
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise `CorruptCheckpoint` if a file of these tensors is not what it was at opening.
+
+        `read` looks, too; this is for what happened since, to a tensor that is the file itself.
+        """
+        for shard in {self._shard(name) for name in names}:
+            self._check(shard)
+
     def identity(self) -> dict[str, list[int]]:
         """{file name: [bytes, time of writing in ns]} of every file, as when they were opened."""
         return {name: list(seen) for name, seen in self._seen.items()}

@@ -6,9 +6,11 @@ and each group has one scale, so that one large entry costs its own group only:
     x ≈ scale · q      scale = max|x| / 127 (int8) or / 7 (int4)      |x - scale · q| ≤ scale / 2
 
 Symmetric: 0 stays 0. The scale is rounded up to bfloat16 before the entries are divided by it, so
-the bound holds for the scale as stored. A row is a component of the rank (a row of A, a column of
-B): to cut the rank is to cut rows. int4 packs two entries into a byte, each stored as q + 8, the
-first of the two in the low bits; where their number is odd, the last byte's high bits hold 8.
+the bound holds for the scale as stored (but at the very end of float32: `scale · q` has to stay
+finite in bfloat16 too, so entries above 3.37e38 may be off by 1.01 scales). A row is a component
+of the rank (a row of A, a column of B): to cut the rank is to cut rows. int4 packs two entries into
+a byte, each stored as q + 8, the first of the two in the low bits; where their number is odd, the
+last byte's high bits hold 8.
 
 **Sparse tensors**. The values in the order of the flattened tensor, and where they stand: one bit
 per entry of the tensor, bit i of byte j for entry 8j + i; or each value's position. Whichever is
@@ -35,6 +37,8 @@ LARGEST = {8: 127, 4: 7}
 """Bits -> largest |q|."""
 _TINIEST = 2.0**-133
 """The smallest bfloat16 above zero."""
+_HUGEST = {8: 2.0**121, 4: 145 * 2.0**118}
+"""Bits -> the largest bfloat16 whose product with `LARGEST` is finite in bfloat16."""
 _AGAIN = "Copy the folder again, or rebuild."
 
 
@@ -69,7 +73,7 @@ def quantise(rows: Float[Tensor, "rank n"], bits: int) -> Quantised:
     grouped = padded.view(rank, groups, GROUP)
     peak = grouped.abs().amax(dim=2)
     # Below the smallest scale the quotient would be 0, and a group that is not lost.
-    scale = _up_to_bfloat16((peak / largest).clamp_min(_TINIEST)) * (peak > 0)
+    scale = _up_to_bfloat16((peak / largest).clamp(_TINIEST, _HUGEST[bits])) * (peak > 0)
     divisor = torch.where(scale > 0, scale, 1.0)[:, :, None]
     q = (grouped / divisor).round_().clamp_(-largest, largest).flatten(1)[:, :n]
     return Quantised(_packed(q) if bits == 4 else q.to(torch.int8), scale.bfloat16(), bits, n)

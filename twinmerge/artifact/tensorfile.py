@@ -108,6 +108,8 @@ class HashedFile:
         self.path = path
         self._digest = hashlib.sha256()
         self.length = 0
+        if length is None:
+            path.unlink(missing_ok=True)  # it may be a link to a file that is done
         # Unbuffered: a line of the journal must never be older than the bytes that it tells of.
         self._file = open(path, "wb" if length is None else "r+b", buffering=0)
         if length is not None:

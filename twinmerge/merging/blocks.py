@@ -39,11 +39,14 @@ class Moved:
     experts: list[float]
     changed: bool
     """Whether any expert differs from the base at all."""
+    finite: bool = True
+    """Whether the result is, as stored."""
 
     def __iadd__(self, other: Moved) -> Moved:
         self.base += other.base
         self.experts = [x + y for x, y in zip(self.experts, other.experts, strict=True)]
         self.changed |= other.changed
+        self.finite &= other.finite
         return self
 
 
@@ -70,6 +73,15 @@ class Buffers:
         return buffer[:size].view(dtype)
 
 
+def all_finite(x: Float[Tensor, " *shape"]) -> bool:
+    """Whether no entry is NaN or infinite. One pass and no mask, unless a sum overflows."""
+    for block in x.reshape(-1).split(GROUP * BLOCK):
+        wide = max(block.dtype, torch.float32, key=lambda dtype: dtype.itemsize)
+        if not torch.isfinite(block.sum(dtype=wide)) and not torch.isfinite(block).all():
+            return False
+    return True
+
+
 @torch.no_grad()
 def merge_blocks(
     base: Float[Tensor, " *shape"],
@@ -92,7 +104,7 @@ def merge_blocks(
     result = None
     if merge is not None:
         result = (buffers or Buffers(1)).next(flat.numel(), store)
-    coefficients = merge.tolist() if isinstance(merge, Tensor) else [0.0] * len(flats)
+    coefficients = merge.tolist() if isinstance(merge, Tensor) else []
 
     def run(start: int) -> Moved:
         total = Moved(0.0, [0.0] * len(flats), False)
@@ -100,7 +112,9 @@ def merge_blocks(
         for begin in range(start, min(start + GROUP * BLOCK, flat.numel()), BLOCK):
             span = slice(begin, begin + BLOCK)
             ground = flat[span].to(work)
-            delta, sum_ = room[0, : len(ground)], room[1, : len(ground)].zero_()
+            delta, sum_ = room[0, : len(ground)], room[1, : len(ground)]
+            if coefficients:
+                sum_.zero_()
             total.base += squared_norm(ground)
             own = []
             for index, each in enumerate(flats):
@@ -112,9 +126,11 @@ def merge_blocks(
                 square = squared_norm(delta)
                 total.experts[index] += square
                 total.changed |= square != 0
-                sum_.add_(delta, alpha=coefficients[index])
+                if coefficients:
+                    sum_.add_(delta, alpha=coefficients[index])
             if result is not None:
                 result[span] = merge(ground, own) if callable(merge) else sum_.add_(ground)
+                total.finite &= all_finite(result[span])
         return total
 
     total = Moved(0.0, [0.0] * len(flats), False)

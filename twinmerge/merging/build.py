@@ -32,6 +32,7 @@ from .journal import RESTART, Line, Part, Workspace
 from .plan import Plan, make_plan
 from .planned import Planned
 from .segments import Segment, divide, shards_of, shared_layout
+from .stream import pairs
 from .work import Done, Worker
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -131,10 +132,11 @@ def _prepared(recipe: Recipe, out: Path | str) -> Iterator[tuple[Plan, Workspace
     plan = make_plan(recipe)
     try:
         with explained(workspace.target, kept=workspace.folder):
-            if workspace.target.is_dir() and workspace.target != Path.cwd():
-                # An empty folder makes way: one that cannot (a mount point) is known now.
-                workspace.target.rmdir()
-                workspace.target.mkdir()
+            if workspace.target.is_mount():
+                raise OutputError(
+                    f"{workspace.target}: a mount point, which a finished artifact cannot take the "
+                    "place of. Name a folder inside of it."
+                )
             done = workspace.bytes() if workspace.folder.is_dir() else 0
             check_space(workspace.target, plan.work_bytes() - done)
             yield plan, workspace
@@ -153,9 +155,11 @@ def _part(
         yield part
     except BaseException as problem:
         # What a broken model had us do is of no use. Anything else may be put right: the disk, a
-        # file that was away; or it is the user who stopped us.
-        useless = isinstance(problem, TwinMergeError) and not isinstance(
-            problem, CorruptCheckpoint | OutputError
+        # file that was away or could not be read; or it is the user who stopped us.
+        useless = (
+            isinstance(problem, TwinMergeError)
+            and not isinstance(problem, CorruptCheckpoint | OutputError)
+            and not isinstance(problem.__cause__, OSError)
         )
         if useless or (count == 1 and not part.lines):
             part.discard()
@@ -188,9 +192,9 @@ def _work_through(
     progress: Progress | None,
 ) -> None:
     """Do what is not done yet."""
-    alike = None
+    alike = pairs(len(plan.experts))
     for line in part.lines:
-        alike = (_pairs(plan) if alike is None else alike) - set(line.unlike)
+        alike -= set(line.unlike)
     due = [tensor for segment in segments for tensor in segment.tensors]
     finished = told = len(part.lines)
     writer = _Writer(part, segments)
@@ -203,35 +207,27 @@ def _work_through(
                 for ahead in due[told : done + READ_AHEAD]:
                     _prefetch(plan, ahead)
                 told = max(told, done + READ_AHEAD)
-                writer.put(worker.do(tensor))
+                made = worker.do(tensor)
+                _check_sources(plan, tensor)
+                writer.put(made)
         writer.finish()
-        _check_sources(plan)
     finally:
         writer.stop()
     if progress:
         progress(len(due), len(due), "")
 
 
-def _check_sources(plan: Plan) -> None:
-    """Raise `CorruptCheckpoint` if a source was overwritten while it was read.
+def _check_sources(plan: Plan, tensor: Planned) -> None:
+    """Raise `CorruptCheckpoint` if a source of the tensor was written to while it was in work.
 
-    Every read looks at that too; this is for what happened during the last one.
+    Large tensors are the file itself: what they held when they were opened says nothing of now. A
+    tensor must not be noted as done before this.
     """
-    for model in (plan.base, *plan.experts):
-        for name, (size, changed) in model.identity().items():
-            path = model.folder / name
-            now = path.stat() if path.exists() else None
-            if now is None or (now.st_size, now.st_mtime_ns) != (size, changed):
-                raise CorruptCheckpoint(
-                    f"{path}: expected the file as it was when the build began, got "
-                    f"{'none' if now is None else 'another'}.\n  Let whatever writes there finish, "
-                    f"then build again. {RESTART}"
-                )
-
-
-def _pairs(plan: Plan) -> set[tuple[int, int]]:
-    count = len(plan.experts)
-    return {(one, other) for other in range(count) for one in range(other)}
+    if tensor.kind != "head":
+        plan.base.check(tensor.name)
+    for expert in plan.experts if tensor.kind not in ("base_only", "tied") else ():
+        if tensor.name not in expert.missing():
+            expert.check(tensor.name)
 
 
 def _prefetch(plan: Plan, tensor: Planned) -> None:

@@ -26,6 +26,9 @@ from .linalg import SVD, numerical_rank, svd, truncated_svd
 BLOCK_ENTRIES = 1 << 20
 """Entries of a residual that are formed at a time."""
 
+SAFE = (1e-24, 1e24)
+"""Squared norms for which `D aᵀ` may be formed in float32."""
+
 NEAR = 1e-4
 """Below this share of `‖D‖²` an error is measured on the residual itself: as a difference of two
 squares in float32 it would be mostly rounding."""
@@ -139,7 +142,8 @@ def factorize(
         return _nothing(out, in_, dtype, bits, square, by_rank)
     truncated = cut.rank is not None or cut.share is not None
     found = truncated_svd(work, limit) if truncated else svd(work)
-    found, missed = found.cut(cut.of(found.s, out, in_)), getattr(found, "missed", 0.0)
+    whole, missed, rank = found.s, found.missed, cut.of(found.s, out, in_)
+    found = found.cut(rank)
     a, b, stored = _stored(found, dtype, bits)
     squares = _squares(work, a.to(work.dtype), b.to(work.dtype), square)
     left = squares[-1]
@@ -147,12 +151,15 @@ def factorize(
         left = _residual(work, a.to(work.dtype), b.to(work.dtype))
     captured = [0.0, *found.s.double().square().cumsum(0).tolist()]
     error = _share(left, square)
+    tail = square - captured[-1]
+    if not truncated or limit == min(out, in_):  # no difference where all of the spectrum is known
+        tail = float(whole[rank:].double().square().sum())
     return Factors(
         a,
         b,
         error,
-        truncation=min(error, _share(square - captured[-1], square)),
-        bound=min(error, _share(square - captured[-1] - missed, square)),
+        truncation=min(error, _share(tail, square)),
+        bound=min(error, _share(tail - missed, square)),
         storage=_STORAGES[bits],
         stored=stored,
         squares=tuple(squares) if by_rank else (),
@@ -170,10 +177,15 @@ def factorize_svd(
     *,
     bits: int | None = None,
     by_rank: bool = False,
+    rounding: float = 0.0,
 ) -> Factors:
-    """Factors from an SVD that is already known and exact (that of LoRA factors)."""
+    """Factors from an SVD that is already known and exact (that of LoRA factors).
+
+    rounding: `‖ρ‖²` of what D has beside the SVD, such as the rounding of a 16-bit shared expert;
+    no factors of low rank hold it, and errors count it
+    """
     energy = found.s.double().square()
-    square = float(energy.sum())
+    square = float(energy.sum()) + rounding
     rank = cut.of(found.s, *shape)
     if rank == 0:
         return _nothing(*shape, dtype, bits, square, by_rank)
@@ -182,7 +194,7 @@ def factorize_svd(
     # All in the few dimensions of the SVD: D aᵀ = U S (V aᵀ), and ‖D‖² is the sum of s².
     product = (found.u.double() * found.s.double()) @ (found.vh.double() @ a.double().T)
     squares = _cumulative(product, a.double(), b.double(), square)
-    tail = float(energy[rank:].sum())
+    tail = float(energy[rank:].sum()) + rounding
     # The rest is orthogonal to U and V up to rounding, so that the error is the tail's and the
     # rounding's; as a difference of squares it would drown in float32.
     own = _residual_of_product(kept, a, b)
@@ -244,6 +256,8 @@ def _nothing(
 
 def _squares(work: Tensor, a: Tensor, b: Tensor, square: float) -> list[float]:
     """`‖D - b a‖²` for the first 0, 1, ..., rank components."""
+    if not SAFE[0] < square < SAFE[1]:  # products of three of its numbers leave float32
+        work, a = work.double(), a.double()
     return _cumulative((work @ a.T).double(), a.double(), b.double(), square)
 
 

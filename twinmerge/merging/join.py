@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,9 +41,10 @@ from .copies import copy_files, tokenizer_warnings
 from .journal import Line, Piece, Spool, Workspace, read_spool
 from .plan import Plan
 from .segments import Segment, shared_layout
-from .sparse import Histogram, above, count_of, threshold_of
-from .stream import drift_warnings, refuse_twins
-from .work import DENSE, check_entries
+from .shared.blocks import blocks, largest
+from .sparse import count_of, select
+from .stream import drift_warnings, pairs, refuse_twins
+from .work import DENSE, check_part
 
 
 @dataclass
@@ -95,7 +95,7 @@ def join(
     """
     lines = {line.tensor: (part, line) for part in parts for line in part.lines}
     names = [expert.name for expert in plan.experts]
-    alike = set(itertools.combinations(range(len(names)), 2))
+    alike = pairs(len(names))
     for _, line in lines.values():
         alike -= set(line.unlike)
     refuse_twins(names, alike)
@@ -115,8 +115,8 @@ def join(
                 kept[tensor.key, name] = pieces
         if plan.keep.scope_all:
             chosen = workspace.folder / "chosen.spool"
-            spools[0] = open(chosen, "w+b")
             with HashedFile(chosen) as file:
+                spools[0] = open(chosen, "rb")
                 _choose_entries(plan, kept, Spool(file), spools[0])
         budget = _spend_budget(plan, lines, kept) if plan.keep.budget is not None else None
         files = {
@@ -181,7 +181,7 @@ def join(
     (whole / RECIPE).write_text(written.to_yaml(), encoding="utf-8")
     (whole / "README.md").write_text(model_card(manifest), encoding="utf-8")
     (whole / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    workspace.finish()
+    workspace.finish(part.folder for part in parts)
     return manifest
 
 
@@ -321,27 +321,13 @@ def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], spool: Spool, reader: 
             and [piece.suffix for piece in kept[tensor.key, name].pieces] == [DENSE]
         ]
         total = sum(torch.Size(tensor.shape).numel() for tensor, _ in mine)
-        if not total:
-            continue
-        count = count_of(total, plan.keep.density)
-        coarse = Histogram()
-        for _, pieces in mine:
-            coarse.see(pieces.read(pieces.pieces[0]))
-        high, larger = coarse.bin_of(count)
-        fine = Histogram(high)
-        for _, pieces in mine:
-            fine.see(pieces.read(pieces.pieces[0]))
-        low, above_bin = fine.bin_of(count - larger)
-        threshold, ties = threshold_of(high, low), count - larger - above_bin
+        row = _Row([pieces for _, pieces in mine])
+        where, start = largest(row, total, count_of(total, plan.keep.density)), 0
         for tensor, pieces in mine:
             delta = pieces.read(pieces.pieces[0])
-            equal = int((delta.abs() == threshold).sum())
-            mine_of_ties = min(ties, equal)
-            ties -= mine_of_ties
-            more = int((delta.abs() > threshold).sum())
-            dtype = plan.keep.dtype_of(tensor)
-            entries = above(delta, threshold, more + mine_of_ties, dtype)
-            check_entries(entries, tensor.name)
+            entries = select(delta, where, start, plan.keep.dtype_of(tensor))
+            start += delta.numel()
+            check_part(entries.stored, entries.error, tensor, name)
             stored = entries.stored if entries.count else {}
             kept[tensor.key, name] = _Pieces(
                 reader,
@@ -353,6 +339,17 @@ def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], spool: Spool, reader: 
                     error=entries.error,
                 ),
             )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Many tensors of a spool as one row of entries, in blocks, as often as asked."""
+
+    tensors: Sequence[_Pieces]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for pieces in self.tensors:
+            yield from blocks(pieces.read(pieces.pieces[0]))
 
 
 def unfinished(parts: Sequence[Finished], segments: Sequence[Sequence[Segment]]) -> list[int]:

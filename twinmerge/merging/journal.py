@@ -4,7 +4,8 @@ Beside the target `out` lies `.out.building/`, with one folder for every part of
 unless it is divided). A part's folder holds
 
     build.json       what is being built from which files: another recipe must not go on with it
-    journal.jsonl    one line for every tensor that is done, written after its bytes
+    journal.jsonl    one line for every tensor that is done, written after its bytes: the digest
+                     of the rest of the line, and the rest, JSON
     model*.safetensors[.segment]   the shared expert's files, or what this part has of them
     experts.spool    the experts' parts, in the order of the tensors
 
@@ -15,15 +16,18 @@ written is never built upon.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ..artifact.format import Share
@@ -84,7 +88,7 @@ class Workspace:
     """The folder of an unfinished build, beside its target."""
 
     def __init__(self, target: Path) -> None:
-        self.target = Path(os.path.abspath(target))
+        self.target = Path(os.path.realpath(target))
         self.folder = self.target.parent / f".{self.target.name}.building"
 
     @property
@@ -102,24 +106,49 @@ class Workspace:
 
     def bytes(self) -> int:
         """Bytes of all files in it."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        total = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):  # another process may be at work here
+                total += path.stat().st_size if path.is_file() else 0
+        return total
 
-    def finish(self) -> None:
-        """Move the whole artifact to its place; the rest goes."""
+    def finish(self, mine: Iterable[Path]) -> None:
+        """Move the whole artifact to its place; the rest goes. mine: as for `discard`."""
         mask = os.umask(0)
         os.umask(mask)
         self.whole.chmod(0o777 & ~mask)
         self.moving.touch()
         os.rename(self.whole, self.target)  # over an empty folder, too
-        self.discard()
+        self.discard(mine)
 
     def tidy(self) -> None:
         """Remove what is left where a kill came between the artifact's move and the end."""
         if self.moving.exists() and not self.whole.exists():
             self.discard()
 
-    def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def discard(self, mine: Iterable[Path] = ()) -> None:
+        """Remove everything but parts of another division that a process is at work in.
+
+        mine: folders of parts that this process holds
+        """
+        mine = set(mine)
+        for part in self.folder.glob("part-*"):
+            if part in mine or not _busy(part):
+                shutil.rmtree(part, ignore_errors=True)
+        if not any(self.folder.glob("part-*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _busy(part: Path) -> bool:
+    """Whether another process holds this part."""
+    try:
+        with open(part / "lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def read_spool(file: BinaryIO, piece: Piece) -> Tensor:
@@ -161,12 +190,14 @@ class Part:
         self._lock = open(folder / "lock", "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise OutputError(
                 f"{folder}: another process is building here right now. Wait for it, or choose "
                 "another output folder."
             ) from None
+        except OSError:
+            pass  # a disk without locks (some network drives): two at once cannot be told there
         try:
             if restart:
                 self._clear()
@@ -216,10 +247,10 @@ class Part:
             for text in file:
                 if not text.endswith(b"\n"):
                     break
-                try:
-                    lines.append(Line.model_validate_json(text))
-                except ValidationError:
-                    break
+                digest, _, content = text.rstrip(b"\n").partition(b" ")
+                if digest != _digest(content):
+                    break  # what came after it is done again
+                lines.append(Line.model_validate_json(content))
                 kept += len(text)
             file.truncate(kept)
         return lines
@@ -243,7 +274,8 @@ class Part:
 
     def append(self, line: Line) -> None:
         """Note a tensor as done; its bytes must have been written before."""
-        text = line.model_dump_json(exclude_defaults=True).encode() + b"\n"
+        content = line.model_dump_json(exclude_defaults=True).encode()
+        text = _digest(content) + b" " + content + b"\n"
         while text:
             text = text[self._journal.write(text) :]
         self.lines.append(line)
@@ -258,6 +290,11 @@ class Part:
         self._journal.close()
         self.spool.file.close()
         self._lock.close()
+
+
+def _digest(content: bytes) -> bytes:
+    """Of one line, short: against a flipped bit, not against anyone."""
+    return hashlib.sha256(content).hexdigest()[:16].encode()
 
 
 def _reopened(path: Path, end: int, sha256: str) -> HashedFile:

@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from ..artifact.codec import GROUP
+from ..artifact.codec import row_bytes, sparse_bytes
 from ..errors import RecipeError
 from ..recipe import Exclusive
 from .exclusive import Cut
@@ -20,6 +20,14 @@ the budget is spent among those. What asks for more still is rare, and reported.
 
 LEAST_REACH = 16
 """And to no less than this rank."""
+
+
+SMALL = 1 << 22
+"""Entries below which memory does not count: 16 MB in float32."""
+
+WORKSPACE = (1.5, 2.5, 12.0)
+"""What one expert's part takes while it is made, in sizes of its tensor in float32: a truncated
+SVD, entries, an exact SVD. Measured; the last is what LAPACK and the Gram matrices want."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,20 @@ class Keep:
         assert tensor.matrix is not None
         if self.bits is None:
             return sum(tensor.matrix) * self.dtype_of(tensor).itemsize
-        per_byte = 8 // self.bits
-        return sum(-(-n // per_byte) + 2 * -(-n // GROUP) for n in tensor.matrix)
+        return sum(row_bytes(n, self.bits) for n in tensor.matrix)
+
+    def at_once(self, tensor: Planned, experts: int) -> int:
+        """How many experts' parts of a tensor may be made side by side, for memory's sake.
+
+        Beside the shared expert's two buffers a build may hold as many tensors of the largest size
+        as there are experts. Small tensors do not count.
+        """
+        size = prod(tensor.shape)
+        if size < SMALL:
+            return max(1, experts)
+        truncated = self.form == "svd" and self.bounded
+        each = WORKSPACE[0] if truncated else WORKSPACE[1 if self.form != "svd" else 2]
+        return max(1, int(experts / each))
 
     def bytes_at_most(self, tensor: Planned) -> int:
         """Of one expert's part of a matrix."""
@@ -72,8 +92,7 @@ class Keep:
             count = min(size, count + int(10 * count**0.5) + 1)
         if self.scope_all:
             count = size
-        position = 4 if size < 2**31 else 8
-        return count * self.dtype_of(tensor).itemsize + min(-(-size // 8), position * count)
+        return sparse_bytes(count, size, self.dtype_of(tensor).itemsize)
 
 
 def keep_of(

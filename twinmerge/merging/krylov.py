@@ -42,10 +42,10 @@ LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsa
 COLUMNS = 16
 # Converged when at most this share of the remaining energy is missed: 0.2 % of the error.
 TOLERANCE = 4e-3
-# Energies this far below the whole are rounding in float32.
+# Below this share of the energy no more is asked for: 1e-5 of the norm.
 FLOOR = 1e-10
-# Rounding of the energy found, as a share of it.
-ROUNDING = 4 * torch.finfo(torch.float32).eps
+# Rounding of the energy found, as a share of it, in steps of the dtype.
+ROUNDING = 4
 # Entries from which a pass over the matrix costs more than a look at what was found.
 LARGE = 1 << 20
 # Beyond this share of the short side the space costs as much as the exact SVD.
@@ -154,7 +154,7 @@ class _Space:
     def triplets(self, theta: Tensor, w: Tensor, missed: float) -> Triplets:
         w = w.to(self._basis.dtype)
         u, v, s = self.basis @ w, self._image[: self.size].T @ w, theta.clamp(min=0).sqrt()
-        missed += ROUNDING * float(theta.sum())
+        missed += ROUNDING * torch.finfo(self.a.dtype).eps * float(theta.sum())
         if float(s[-1]) > 1e-3 * float(s[0]):
             s = s.to(v.dtype)
             return Triplets(u, s, (v / s).T.contiguous(), missed)

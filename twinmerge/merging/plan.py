@@ -175,6 +175,13 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"'{lacking.name}' ({lacking.reference}) does not.\n  "
                 f"Save '{lacking.name}' again with all its weights, or leave it out."
             )
+        for expert in holders:
+            if not (own := expert.info(name).dtype).is_floating_point:
+                raise UnsupportedCheckpoint(
+                    f"{name}: {info.dtype} in the base, {own} in expert '{expert.name}' "
+                    f"({expert.reference}): integers cannot be merged with it.\n  Save the expert "
+                    "again with its weights as floats, or leave it out."
+                )
         matrix = matrix_shape(info.shape)
         tensors.append(Planned(name, "matrix" if matrix else "vector", info.shape, dtype, matrix))
     tensors.sort(key=lambda t: (-t.dtype.itemsize, _natural(t.name)))
@@ -199,6 +206,12 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"{outputs[expert.name]} classes; answers will say LABEL_0 and so on. Give "
                 "`labels: [...]` beside its `model`."
             )
+    if recipe.merge_method == "linear" and "weight" in recipe.parameters:
+        warnings.append(
+            "parameters.weight: mergekit's linear, given one weight for all and a base_model, "
+            "averages the base in as one more model; twinmerge averages the experts alone. Leave "
+            "the weight out to say so."
+        )
     for each in recipe.idle_filters(base.names()):
         warnings.append(
             f"parameters: no tensor of the base has {each!r} in its name, so that filter does "
@@ -260,7 +273,8 @@ def _planned_head(name: str, base: Checkpoint, experts: list[Expert]) -> Planned
                 "adapter, save the head with modules_to_save."
             ) from None
     # One dtype, and so one order of writing, serves all files; none loses anything by it.
-    dtype = functools.reduce(torch.promote_types, [info.dtype for info in infos.values()])
+    dtypes = [stored_as(info.dtype, None) for info in infos.values()]
+    dtype = functools.reduce(torch.promote_types, dtypes)
     return Planned(name, "head", infos[experts[0].name].shape, dtype)
 
 

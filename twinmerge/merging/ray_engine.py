@@ -9,6 +9,7 @@ from ..artifact.format import Manifest
 from ..errors import MissingExtra
 from ..recipe import Recipe
 from .build import DEFAULT_SHARD_BYTES, Progress, build_part, join_parts
+from .journal import Workspace
 
 
 def build_on_ray(
@@ -40,12 +41,14 @@ def build_on_ray(
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
+        if restart:  # here, once: a task that Ray runs again must go on
+            Workspace(Path(out)).discard()
         count = parts or max(1, int(ray.cluster_resources().get("CPU", 1)))
         task = ray.remote(_part).options(num_cpus=1, max_retries=2)
         settings: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
         target = str(Path(out).absolute())
         left = {
-            task.remote(settings, target, index, count, shard_bytes, restart): index
+            task.remote(settings, target, index, count, shard_bytes): index
             for index in range(count)
         }
         while left:
@@ -65,9 +68,5 @@ def build_on_ray(
     return join_parts(recipe, out, count, written=written, shard_bytes=shard_bytes)
 
 
-def _part(
-    recipe: dict[str, Any], out: str, index: int, count: int, shard_bytes: int, restart: bool
-) -> None:
-    build_part(
-        Recipe.model_validate(recipe), out, index, count, shard_bytes=shard_bytes, restart=restart
-    )
+def _part(recipe: dict[str, Any], out: str, index: int, count: int, shard_bytes: int) -> None:
+    build_part(Recipe.model_validate(recipe), out, index, count, shard_bytes=shard_bytes)

@@ -36,7 +36,7 @@ def shards_of(plan: Plan, limit: int) -> dict[str, list[Planned]]:
     groups: list[list[Planned]] = [[]]
     size = 0
     for tensor in plan.tensors:
-        if size and size + tensor.bytes > limit:
+        if size and tensor.bytes and size + tensor.bytes > limit:
             groups.append([])
             size = 0
         groups[-1].append(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,16 @@ def read_step(plan: Plan, tensor: Planned, *, affine: bool) -> Step:
             known.append(vector)
         elif isinstance(vector, Unchanged):
             known.append(None)
-    stacked = sum(vector.a.shape[0] for vector in known if vector is not None)
+    held = [vector for vector in known if vector is not None]
+    stacked = sum(vector.a.shape[0] for vector in held)
+    # An adapter may see a kernel otherwise than we do.
+    fits = all((len(v.b), v.a.shape[1]) == tensor.matrix for v in held)
+    # All of a difference is more than its factors where the shared expert is rounded.
+    cut = plan.keep.cut
+    rounded = (cut.full or cut.energy is not None) and tensor.dtype.itemsize < 4
     # Beyond half of the short side the dense path is as cheap, and handles everything.
-    if affine and len(known) == len(vectors) and stacked and tensor.matrix:
-        if 2 * stacked <= min(tensor.matrix):
+    if affine and len(known) == len(vectors) and stacked and fits and not rounded:
+        if tensor.matrix and 2 * stacked <= min(tensor.matrix):
             return Step(tensor, base, vectors=known)
     experts = [
         base if vector is UNCHANGED else expert.read(tensor.name)
@@ -88,11 +95,24 @@ def check_finite(tensor: Tensor, name: str, whose: str, reference: str) -> None:
         )
 
 
-def check_step(plan: Plan, step: Step) -> None:
-    """Raise `NotFinite` for the model of this step that is not finite."""
-    check_finite(step.base, step.tensor.name, "the base", plan.base.reference)
+def check_step(plan: Plan, step: Step, work: torch.dtype) -> None:
+    """Raise `NotFinite` for the model of this step that is not finite in `work`.
+
+    Called when a sum of squares is not finite, so it raises in any case.
+    """
+    name = step.tensor.name
+    check_finite(step.base.to(work), name, "the base", plan.base.reference)
     for expert, own in zip(plan.experts, step.experts or (), strict=bool(step.experts)):
-        check_finite(own, step.tensor.name, f"expert '{expert.name}'", expert.reference)
+        check_finite(own.to(work), name, f"expert '{expert.name}'", expert.reference)
+    raise NotFinite(
+        f"{name}: holds numbers so large that their squares are no numbers any more.\n  The "
+        "checkpoint is broken (a diverged training run?): save it again or leave it out."
+    )
+
+
+def pairs(experts: int) -> set[tuple[int, int]]:
+    """All pairs of so many experts, by their places."""
+    return set(itertools.combinations(range(experts), 2))
 
 
 def unlike(

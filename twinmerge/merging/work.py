@@ -6,7 +6,7 @@ Pure computation: what comes out is what will be written, whoever writes it and 
 from __future__ import annotations
 
 import hashlib
-import itertools
+import math
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor
@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..artifact.format import DELTA, HEAD, VALUES, Share
+from ..artifact.format import DELTA, HEAD, Share
 from ..checkpoint import LowRank
-from ..errors import CheckpointError, NotFinite
+from ..errors import CheckpointError, NotFinite, RecipeError
 from ..recipe import Depths
-from .blocks import Buffers, Moved, merge_blocks
+from .blocks import Buffers, Moved, all_finite, merge_blocks
 from .exclusive import Factors, factorize, factorize_svd, squared_norm
 from .journal import Candidate
 from .linalg import ProductSVD
@@ -28,7 +28,10 @@ from .plan import Plan
 from .planned import Planned
 from .shared import coefficients, get, merge
 from .sparse import Entries, dropout, magnitude
-from .stream import Step, check_step, read_heads, read_step, unlike
+from .stream import Step, check_step, pairs, read_heads, read_step, unlike
+
+LARGEST_COEFFICIENT = 1e30
+"""Of a task vector: far from the end of float32, and from anything that is meant."""
 
 DENSE = ".dense"
 """Suffix of a whole difference in the spool, from which entries are chosen when all are known."""
@@ -73,8 +76,7 @@ class Worker:
     ) -> None:
         self.plan, self.pool = plan, pool
         self.names = [expert.name for expert in plan.experts]
-        pairs = itertools.combinations(range(len(self.names)), 2)
-        self.alike = set(pairs) if alike is None else set(alike)
+        self.alike = pairs(len(self.names)) if alike is None else set(alike)
         self.method = get(plan.recipe.merge_method)
         self.depths = Depths(plan.base.names())
         self._buffers = Buffers(2)  # one is written while the next is made
@@ -82,6 +84,12 @@ class Worker:
 
     def do(self, tensor: Planned) -> Done:
         """Raises `NotFinite`, or `CheckpointError` for buffers that differ."""
+        done = self._do(tensor)
+        for name, kept in done.kept.items():
+            check_part(kept.tensors, kept.share.error, tensor, name)
+        return done
+
+    def _do(self, tensor: Planned) -> Done:
         if tensor.kind == "head":
             return self._head(tensor)
         if tensor.kind in ("buffer", "base_only"):
@@ -92,6 +100,11 @@ class Worker:
             return Done(tensor)
         parameters = self.plan.recipe.parameters_at(tensor.name, self.depths.of(tensor.name))
         c = coefficients(self.method.name, parameters, len(self.names))
+        if c is not None and not float(c.abs().max()) < LARGEST_COEFFICIENT:
+            raise RecipeError(
+                f"parameters: at {tensor.name} a task vector would be multiplied by "
+                f"{float(c.abs().max()):g}. Give smaller weights, or a smaller lambda."
+            )
         step = read_step(self.plan, tensor, affine=c is not None)
         if step.vectors is not None:
             assert c is not None
@@ -115,7 +128,9 @@ class Worker:
         for expert in self.plan.experts:
             if tensor.name in expert.missing():
                 continue  # constants that newer transformers no longer store
-            if not torch.equal(expert.read(tensor.name), value):
+            if expert.info(tensor.name).dtype != value.dtype or not torch.equal(
+                expert.read(tensor.name), value
+            ):
                 raise CheckpointError(
                     f"{tensor.name}: a {value.dtype} tensor, which cannot be merged and must be "
                     f"equal everywhere, but expert '{expert.name}' ({expert.reference}) has other "
@@ -142,7 +157,9 @@ class Worker:
             pool=self.pool,
             buffers=self._buffers,
         )
-        self._check(step, moved)
+        self._check(step, moved, work)
+        if not moved.finite:
+            raise _too_large(tensor)
         done = Done(tensor, moved=tuple(moved.experts), base_square=moved.base)
         done.unlike = self._unlike([None if own is step.base else own for own in experts])
         if tensor.matrix is None:
@@ -162,10 +179,10 @@ class Worker:
                 self._generators(tensor.name),
             )
             del stacked
-            stored = cast(merged, tensor.dtype, tensor.name)
+            stored = merged.to(tensor.dtype)
             del merged
-        else:
-            _check_overflow(stored, step, tensor)
+            if not all_finite(stored):
+                raise _too_large(tensor)
         done.shared = stored
         if self.plan.keep.cut.none:
             return done
@@ -177,10 +194,12 @@ class Worker:
             out = self._scratch(ground) if tensor.matrix and self.plan.keep.form == "svd" else None
             return self._keep(tensor, name, torch.sub(_as(own, work), ground, out=out))
 
-        for name, kept in zip(
-            self.names, self.pool.map(keep, zip(self.names, experts, strict=True)), strict=True
-        ):
-            done.kept[name] = kept
+        named = list(zip(self.names, experts, strict=True))
+        at_once = self.plan.keep.at_once(tensor, len(experts))
+        for start in range(0, len(named), at_once):
+            some = named[start : start + at_once]
+            for (name, _), kept in zip(some, self.pool.map(keep, some), strict=True):
+                done.kept[name] = kept
         return done
 
     def _factored(self, step: Step, c: Float[Tensor, " expert"]) -> Done:
@@ -194,14 +213,22 @@ class Worker:
         assert view is not None
         work = self._work(step.base)
         alone, _ = merge_blocks(step.base, [], None, work=work, store=work, pool=self.pool)
-        self._check(Step(tensor, step.base), alone)
+        self._check(Step(tensor, step.base), alone, work)
         held = [(index, v) for index, v in enumerate(vectors) if v is not None]
         owner = torch.cat([torch.full((v.a.shape[0],), index) for index, v in held])
         a = torch.cat([v.a for _, v in held])
         b = torch.cat([v.b for _, v in held], dim=1)
         merged = (b.to(work) * c[owner].to(work)) @ a.to(work)
         merged = merged.view(step.base.shape).add_(step.base.to(work))
-        done = Done(tensor, cast(merged, tensor.dtype, tensor.name), base_square=alone.base)
+        stored = merged.to(tensor.dtype)
+        if not all_finite(stored):
+            raise _too_large(tensor)
+        # The exact factors know nothing of the rounding of what is stored; the error does.
+        rounding = 0.0
+        if tensor.dtype != work:
+            lost, _ = merge_blocks(merged, [stored], None, work=work, store=work, pool=self.pool)
+            rounding = lost.experts[0]
+        done = Done(tensor, stored, base_square=alone.base)
         done.moved = tuple(0.0 if v is None else _square_of(v) for v in vectors)
         done.unlike = self._unlike(
             [None if v is None else torch.cat([v.b.T, v.a], 1) for v in vectors]
@@ -226,6 +253,7 @@ class Worker:
                 keep.dtype_of(tensor),
                 bits=keep.bits,
                 by_rank=keep.budget is not None,
+                rounding=rounding,
             )
             done.kept[name] = _kept(factors)
         return done
@@ -260,7 +288,6 @@ class Worker:
         else:
             draw = self._generator(f"{tensor.name}/exclusive", name)
             entries = dropout(delta, keep.density, draw, dtype)
-        check_entries(entries, tensor.name)
         return _sparse(entries)
 
     # ------------------------------------------------------------------ small things
@@ -276,10 +303,10 @@ class Worker:
             self._local.buffers = Buffers(1)
         return self._local.buffers.next(like.numel(), like.dtype).view(like.shape)
 
-    def _check(self, step: Step, moved: Moved) -> None:
+    def _check(self, step: Step, moved: Moved, work: torch.dtype) -> None:
         """Raise `NotFinite` if a sum that would show it is not finite."""
-        if not torch.isfinite(torch.tensor([moved.base, *moved.experts])).all():
-            check_step(self.plan, step)
+        if not all(map(math.isfinite, (moved.base, *moved.experts))):
+            check_step(self.plan, step, work)
 
     def _unlike(self, tensors: list[Tensor | None] | list[Tensor]) -> tuple[tuple[int, int], ...]:
         found = unlike(sorted(self.alike), tensors)
@@ -309,36 +336,44 @@ class Worker:
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """`tensor` as `dtype`. Raises `NotFinite` where a finite number becomes infinite by it."""
     out = tensor.to(dtype)
-    if dtype == torch.float16 and out is not tensor and not torch.isfinite(out).all():
-        wide = tensor.float()
+    if not (tensor.dtype.is_floating_point and dtype.is_floating_point):
+        return out
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not all_finite(out):
+        wide = tensor.double()
         if torch.isfinite(wide).all():
-            raise _too_large(name, float(wide.abs().max()))
+            raise NotFinite(
+                f"{name}: holds {float(wide.abs().max()):g}, which {_named(dtype)} cannot (its "
+                f"largest number is {torch.finfo(dtype).max:g}).\n  Set out_dtype to bfloat16 or "
+                "float32."
+            )
     return out
 
 
-def check_entries(entries: Entries, name: str) -> None:
-    """Raise `NotFinite` if an entry became infinite by the dtype that it is stored in."""
-    if not torch.isfinite(entries.stored[VALUES]).all():
-        raise NotFinite(
-            f"{name}: an entry of the exclusive part (dropout's are divided by the density) is "
-            "beyond what float16 can hold (its largest number is 65504).\n"
-            "  Set exclusive.dtype to bfloat16 or float32."
-        )
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _check_overflow(stored: Tensor, step: Step, tensor: Planned) -> None:
-    """The same for what was merged block by block, from finite inputs."""
-    if tensor.dtype == torch.float16 and not torch.isfinite(stored).all():
-        largest = max(
-            float(each.float().abs().max()) for each in [step.base, *(step.experts or [])]
-        )
-        raise _too_large(tensor.name, largest)
-
-
-def _too_large(name: str, largest: float) -> NotFinite:
+def _too_large(tensor: Planned) -> NotFinite:
+    """What was merged from finite inputs is not finite as it is stored."""
+    largest = torch.finfo(tensor.dtype).max
+    advice = "Give smaller weights, or a smaller lambda."
+    if tensor.dtype == torch.float16:
+        advice = "Set out_dtype to bfloat16 or float32."
     return NotFinite(
-        f"{name}: holds {largest:g}, which float16 cannot (its largest number is 65504).\n"
-        "  Set out_dtype to bfloat16 or float32."
+        f"{tensor.name}: the merge gives values that {_named(tensor.dtype)} cannot hold (its "
+        f"largest number is {largest:g}).\n  {advice}"
+    )
+
+
+def check_part(parts: dict[str, Tensor], error: float, tensor: Planned, name: str) -> None:
+    """Raise `NotFinite` if a number of one expert's part is not finite as it is stored."""
+    floats = [part for part in parts.values() if part.dtype.is_floating_point]
+    if math.isfinite(error) and all(map(all_finite, floats)):
+        return
+    raise NotFinite(
+        f"{tensor.name}: the difference of expert '{name}' from the shared expert cannot be stored "
+        f"as {_named(floats[0].dtype) if floats else 'it should be'}: its numbers are too large.\n"
+        "  Set exclusive.dtype to bfloat16 or float32, or look whether this expert is broken."
     )
 
 

@@ -106,7 +106,7 @@ class _Affine(_Mixing):
 
     def _add(self, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
         """y + Σ_t w_t (D_t x + Δb_t), x: (batch, ..., in), y: (batch, ..., out)."""
-        for part in self.parts:
+        for part in self.parts.wanted():
             y = part.linear(y, x, weights)
         return y
 
@@ -165,7 +165,7 @@ class TwinEmbedding(_Mixing, nn.Embedding):
         if weights is None:
             return y
         _check_ids(self.where, input)
-        for part in self.parts:
+        for part in self.parts.wanted():
             y = part.back(y, part.scaled(part.look(input, y.dtype), weights))
         return y
 
@@ -207,7 +207,7 @@ class TwinLookup(_Wrapping):
         if weights is None:
             return y
         _check_ids(self.where, ids)
-        for part in self.parts:
+        for part in self.parts.wanted():
             z = self._look(part, y.dtype, args, kwargs)
             if z.ndim != ids.ndim + 1 or z.shape[0] not in (1, len(weights)):
                 raise UnsupportedModel(
@@ -397,7 +397,8 @@ class TwinConv(_Wrapping):
             )
         # One channel out: the matrix was (in, kernel).
         out = inner.out_channels
-        self.parts = PartList(p if p.out == out else p.one_channel() for p in weight)
+        one = (p if p.out == out else p.one_channel() for p in weight)
+        self.parts = PartList(p.to(inner.weight.dtype) for p in one)
         self._put(shift=None if bias is None else bias.delta)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -406,7 +407,7 @@ class TwinConv(_Wrapping):
         if weights is None:
             return y
         convolve, kernel = self.inner._conv_forward, self.inner.weight.shape[1:]
-        for part in self.parts:
+        for part in self.parts.wanted():
             y = part.conv(y, x, weights, kernel, convolve)
         if self.shift is not None:
             shift = weights.to(y.dtype) @ self.shift
@@ -439,7 +440,7 @@ class TwinParameter(nn.Module):
             return original
         weights = routing.weights.to(original.dtype)
         mixed = original
-        for part in self.parts:
+        for part in self.parts.wanted():
             delta = part.dense(weights, original.dtype)
             mixed = mixed + delta.view(len(weights), *original.shape[1:])
         if hasattr(self, "delta"):

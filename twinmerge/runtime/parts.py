@@ -29,6 +29,7 @@ from ..artifact.codec import (
     dequantise,
     dequantise_columns,
 )
+from .routing import current
 
 BLOCK = 1 << 20
 """Entries of a quantised or sparse part that are floats at one time: 4 MiB in float32."""
@@ -80,7 +81,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
     def one_channel(self) -> Part:
-        """The part of the matrix laid out as one row: (1, out · in)."""
+        """The part of the matrix laid out as one row: (1, out · in). Packed ones give float32."""
         raise NotImplementedError
 
     def scaled(self, found: Tensor, weights: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class Packed(Part):
             yield a, b.T, self.owner[rows]
 
     def linear(self, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-        for a, b, owner in self._blocks(x.dtype):
+        for a, b, owner in self._blocks(y.dtype):
             y = _linear(a, b, owner, None, y, x, weights)
         return y
 
@@ -225,7 +226,7 @@ class Scattered(Part):
     That takes 2 bytes for a column (4 where `in` is above 32,767) beside each value, and 8 for each
     row: more than a file with a mask, but rows are found without counting bits. An operation
     writes out `BLOCK` entries of the matrix at a time, in whole rows; a lookup, the rows asked for.
-    An expert whose weight is zero in the whole batch costs nothing.
+    An expert whose weight is zero in the whole batch costs nothing, see `PartList.wanted`.
     """
 
     values: Tensor
@@ -234,6 +235,7 @@ class Scattered(Part):
 
     def __init__(self, sparse: Sparse, owner: int) -> None:
         super().__init__()
+        self.expert = owner
         self.out, self.in_ = sparse.shape
         small = self.in_ <= torch.iinfo(torch.int16).max
         start = torch.searchsorted(sparse.index, torch.arange(self.out + 1) * self.in_)
@@ -278,21 +280,17 @@ class Scattered(Part):
             yield self._written(row, which, len(count), dtype)
 
     def linear(self, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-        if not bool(weights[:, self.owner].any()):
-            return y
-        z = self.scaled(x, weights)
+        z = self.scaled(x.to(y.dtype), weights)
         if y.shape[0] != z.shape[0] or y.requires_grad:
             y = y.expand(len(z), *y.shape[1:]).clone(memory_format=torch.contiguous_format)
         flat, z = y.view(-1, self.out), z.flatten(0, -2)
-        for (rows, _), block in zip(self._slices, self._blocks(x.dtype), strict=True):
+        for (rows, _), block in zip(self._slices, self._blocks(y.dtype), strict=True):
             flat[:, rows].addmm_(z, block.T)
         return y
 
     def conv(
         self, y: Tensor, x: Tensor, weights: Tensor, kernel: torch.Size, convolve: Convolve
     ) -> Tensor:
-        if not bool(weights[:, self.owner].any()):
-            return y
         blocks = self._blocks(x.dtype)
         more = torch.cat([convolve(x, each.view(-1, *kernel), None) for each in blocks], dim=1)
         return y + more * _over_channels(weights[:, self.owner].to(more.dtype), more.ndim)
@@ -313,12 +311,12 @@ class Scattered(Part):
         row, column = sparse.index // self.in_, sparse.index % self.in_
         index, order = (column * self.out + row).sort()
         turned = Sparse(sparse.values[order], index, (self.in_, self.out))
-        return Scattered(turned, int(self.owner))
+        return Scattered(turned, self.expert)
 
     def one_channel(self) -> Scattered:
         sparse = self.sparse()
         row = Sparse(sparse.values, sparse.index, (1, self.out * self.in_))
-        return Scattered(row, int(self.owner))
+        return Scattered(row, self.expert)
 
 
 def stacked(parts: list[Part]) -> tuple[Part, ...]:
@@ -347,6 +345,13 @@ class PartList(nn.ModuleList):
     def __iter__(self) -> Iterator[Part]:
         return super().__iter__()  # type: ignore[return-value]
 
+    def wanted(self) -> Iterator[Part]:
+        """Without the sparse parts of experts to whom the running batch gives no weight."""
+        routing = current()
+        for part in self:
+            if routing is None or not isinstance(part, Scattered) or routing.wanted[part.expert]:
+                yield part
+
 
 def _slices(count: int, entries: int) -> Iterator[slice]:
     """Slices of `count` rows of that many entries, `BLOCK` entries in each, or one row."""
@@ -365,6 +370,8 @@ def _linear(
 ) -> Tensor:
     z = F.linear(x, a, offset)
     z = z * aligned(weights[:, owner].to(z.dtype), z.ndim)
+    # Autocast leaves factors in another type than y, and operations in place alone.
+    z, b = z.to(y.dtype), b.to(y.dtype)
     if y.shape[0] != z.shape[0]:  # one row of x served the whole batch
         return y + F.linear(z, b)
     if y.requires_grad:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,6 +25,12 @@ class Routing:
 
     weights: Float[Tensor, "batch expert"] | None
     head: Int[Tensor, " batch"] | None
+
+    @cached_property
+    def wanted(self) -> list[bool]:
+        """Whether any row gives expert t a weight. Waits for a GPU: once, not in every layer."""
+        assert self.weights is not None
+        return self.weights.any(dim=0).tolist()
 
     def repeated(self, times: int) -> Routing:
         """Each row `times` times in a row, as `generate` expands a batch for beams and samples."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...checkpoint import Checkpoint, Expert, check_shapes, open_expert, resolve
@@ -25,11 +26,12 @@ from ..plan import Plan, make_plan
 from ..shared import coefficients
 from . import findings as say
 from .diagnosis import Diagnosis, ExpertReport, Finding, Needs
-from .measure import Measured, Progress, measure
+from .measure import Measured, Progress, Shared, measure
 from .spectra import Subject, expected_bytes, subjects_of
 from .vocabulary import TokenizerDifference, compare, read_tokenizer
 
 FLOAT16_MAX = 65504.0
+CGROUP = Path("/sys/fs/cgroup")
 SAMPLE = 40
 """Matrices whose singular values are taken, where not told otherwise."""
 
@@ -91,14 +93,13 @@ def _diagnosis(
     else:
         subjects = subjects_of(base, experts)
         heads = sorted({name for expert in experts for name in expert.head_names()})
-    c = _coefficients(recipe, base, len(experts))
     try:
         found = measure(
             base,
             experts,
             subjects,
             heads=heads,
-            coefficients=c,
+            shared=_shared(recipe, base, len(experts)),
             limit=_limit(recipe.exclusive),
             sample=sample,
             largest=FLOAT16_MAX if recipe.out_dtype == "float16" else None,
@@ -126,7 +127,7 @@ def _diagnosis(
         for e in recipe.models
     )
     needs = _needs(summary, found, recipe, Path(out))
-    affine = bool(subjects) and c(subjects[0].name) is not None
+    against, exact = _against(recipe, found, subjects)
     findings = [
         *findings,
         *say.fits(plan, base, experts),
@@ -135,7 +136,8 @@ def _diagnosis(
         *say.tokenizers(base, tokenizer is not None, len(theirs), differences),
         *say.preprocessors(base, experts),
         *say.warnings(plan),
-        *say.energy(reports, recipe, shared_bytes),
+        *say.shrunk(found),
+        *say.energy(reports, recipe, shared_bytes, None if exact else against),
         *say.room(needs),
     ]
     order = {"fail": 0, "look": 1, "ok": 2}
@@ -153,7 +155,7 @@ def _diagnosis(
         spectra=tuple(found.spectra),
         sampled=tuple(found.sampled),
         matrices=found.matrices,
-        against=f"the shared expert by {recipe.merge_method}" if affine else "the experts' average",
+        against=against,
         shared_bytes=shared_bytes,
         needs=needs,
         plan=summary,
@@ -294,7 +296,10 @@ def _needs(summary: dict[str, Any] | None, found: Measured, recipe: Recipe, out:
 
 
 def free_memory() -> int | None:
-    """Bytes that a process can take here: Linux's own estimate, or a container's limit."""
+    """Bytes that a process can take here: Linux's own estimate, or what a container's limit leaves.
+
+    Cached files, which count as used in a container, are given up before its limit is reached.
+    """
     found = []
     try:
         text = Path("/proc/meminfo").read_text()
@@ -302,23 +307,51 @@ def free_memory() -> int | None:
     except OSError:
         pass
     try:
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        files = re.findall(
+            r"^(?:in)?active_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.M
+        )
+        found.append(max(0, limit - used + sum(map(int, files))))
     except (OSError, ValueError):  # another system, or "max"
         pass
     return min(found, default=None)
 
 
-def _coefficients(recipe: Recipe, base: Checkpoint, experts: int) -> Callable[[str], Tensor | None]:
-    """The `c_t` of a tensor by its name; None where the recipe has none or experts are lacking."""
+def _shared(recipe: Recipe, base: Checkpoint, experts: int) -> Callable[[str], Shared | None]:
+    """How the shared expert of a tensor is made, by its name; None where only a merge can say.
+
+    That is so of methods that are not affine, of weights that a merge refuses (which is a finding
+    by then) and where experts are lacking.
+    """
     depths = Depths(base.names())
 
-    def of(name: str) -> Tensor | None:
+    def of(name: str) -> Shared | None:
         if experts < len(recipe.models):
             return None
         parameters = recipe.parameters_at(name, depths.of(name))
-        return coefficients(recipe.merge_method, parameters, experts)
+        try:
+            c = coefficients(recipe.merge_method, parameters, experts)
+        except ValueError:
+            return None
+        if c is not None:
+            return Shared(c)
+        if recipe.merge_method != "linear":
+            return None
+        weight = torch.as_tensor(parameters.get("weight", 1.0), dtype=torch.float64)
+        weight = weight.expand(experts)  # not normalised: Σ w W_t
+        return Shared(weight, rest=float(weight.sum()) - 1)
 
     return of
+
+
+def _against(recipe: Recipe, found: Measured, subjects: Sequence[Subject]) -> tuple[str, bool]:
+    """What spectra are measured against, and whether it is the shared expert itself."""
+    own = f"the shared expert by {recipe.merge_method}"
+    if subjects and all(subject.name in found.known for subject in subjects):
+        return own, True
+    stand_in = "the experts' average" if len(found.experts) > 1 else "the base"
+    return (f"{own}, or {stand_in} where that is not known" if found.known else stand_in), False
 
 
 def _limit(exclusive: Exclusive) -> Callable[[int, int], int] | None:

@@ -273,10 +273,31 @@ def warnings(plan: Plan | None) -> Iterator[Finding]:
         yield Finding("look", subject, " ".join(text.split()), todo)
 
 
+def shrunk(found: Measured) -> Iterator[Finding]:
+    """Averages whose weights do not sum to 1."""
+    sums = [f"{1 + rest:.3g}" for rest in sorted(found.rests.values())]
+    if not sums:
+        return
+    span = sums[0] if sums[0] == sums[-1] else f"{sums[0]} to {sums[-1]}"
+    yield Finding(
+        "look",
+        "shared expert",
+        f"the weights of {len(sums)} tensors sum to {span} and are not normalised, so the shared "
+        "expert is about that many times a model, and experts have to keep the rest.",
+        "Leave out `normalize: false`, or give weights that sum to 1.",
+    )
+
+
 def energy(
-    reports: Sequence[ExpertReport], recipe: Recipe, shared_bytes: int | None
+    reports: Sequence[ExpertReport],
+    recipe: Recipe,
+    shared_bytes: int | None,
+    stand_in: str | None = None,
 ) -> Iterator[Finding]:
-    """What the recipe's rank holds of the exclusive parts."""
+    """What the recipe's rank holds of the exclusive parts.
+
+    Measured against a `stand_in` for the shared expert, a large share assures of nothing.
+    """
     kept = {r.name: r.kept["median"] for r in reports if r.kept is not None}
     if not kept:
         return
@@ -285,8 +306,11 @@ def energy(
     low, high = f"{min(kept.values()):.0%}", f"{max(kept.values()):.0%}"
     text = f"{rank} holds {low if low == high else f'{low} to {high}'} of the energy of what is "
     text += "exclusive to an expert (medians)"
+    if stand_in is not None:
+        text += f", measured against {stand_in}"
     if kept[worst] >= LITTLE_ENERGY:
-        yield Finding("ok", "exclusive", f"{text}.")
+        if stand_in is None:
+            yield Finding("ok", "exclusive", f"{text}.")
         return
     sizes = [r.bytes["90%"] for r in reports if r.bytes]
     cost = f", {max(sizes) / shared_bytes:.0%} of the base per expert" if shared_bytes else ""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -48,6 +48,15 @@ class Moved:
     moved: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Shared:
+    """How the shared expert of one tensor is made: `W_s = (1 + rest) W_0 + Σ c_t d_t`."""
+
+    c: Float[Tensor, " expert"]
+    rest: float = 0.0
+    """What an average of weights that do not sum to 1 adds of the base."""
+
+
 @dataclass
 class Measured:
     """What one pass over base and experts has found. Matrices are (expert, expert), float64."""
@@ -73,7 +82,11 @@ class Measured:
     spectra: list[Spectrum] = field(default_factory=list)
     sampled: list[str] = field(default_factory=list)
     matrices: int = 0
-    """That at least one expert changed."""
+    """In which an expert differs from the base, or the shared expert does."""
+    known: set[str] = field(default_factory=set)
+    """Tensors whose shared expert the recipe's weights say; for all others stands the average."""
+    rests: dict[str, float] = field(default_factory=dict)
+    """Tensor -> `Shared.rest`, where it is not 0."""
     read_bytes: int = 0
     read_seconds: float = 0.0
     svd_seconds: float = 0.0
@@ -93,8 +106,8 @@ class Measured:
         return list(dict.fromkeys(t.layer for t in sorted(self.tensors, key=_depth) if t.matrix))
 
     def moved(self) -> set[str]:
-        """Tensors that at least one expert changed."""
-        return {t.name for t in self.tensors if any(t.moved)}
+        """Tensors in which an expert or the shared expert differs from the base."""
+        return {t.name for t in self.tensors if any(t.moved) or t.name in self.rests}
 
     def cosine(self, one: int, other: int) -> float | None:
         """Between two task vectors; None where one of them is zero."""
@@ -120,7 +133,7 @@ def measure(
     subjects: Sequence[Subject],
     *,
     heads: Sequence[str] = (),
-    coefficients: Callable[[str], Tensor | None] = lambda name: None,
+    shared: Callable[[str], Shared | None] = lambda name: None,
     limit: Callable[[int, int], int] | None = None,
     sample: int | None = 40,
     largest: float | None = None,
@@ -128,19 +141,22 @@ def measure(
 ) -> Measured:
     """Read every subject of base and experts once, and say what there is.
 
-    `coefficients(name)` are the `c_t` of `W_s = W_0 + Σ c_t d_t`, (expert,), or None: then the
-    average stands for the shared expert. `limit(out, in)` is the rank that the recipe keeps, None
-    if data decide it. `largest`: entries beyond it are told. Raises `CheckpointError` and its kinds
-    for what cannot be read.
+    `shared(name)` says how the shared expert of a tensor is made, None: then the average stands for
+    it (the base for a single expert, whose average is itself). `limit(out, in)` is the rank that
+    the recipe keeps, None if data decide it. `largest`: entries beyond it are told. Raises
+    `CheckpointError` and its kinds for what cannot be read.
     """
     count = len(experts)
     out = Measured([expert.name for expert in experts])
     out.products, out.both, out.opposed = torch.zeros(3, count, count, dtype=torch.float64)
     out.alike = {(i, j) for i in range(count) for j in range(i + 1, count)}
-    affine = coefficients(subjects[0].name) is not None if subjects else False
+    made = {subject.name: each for subject in subjects if (each := shared(subject.name))}
+    out.known = set(made)
+    out.rests = {name: each.rest for name, each in made.items() if each.rest}
+    affine = len(made) == len(subjects) and not out.rests
     factored = affine and all(expert.is_adapter for expert in experts)
     chosen = choose(subjects, sample, 0.0 if factored else float(count))
-    pass_ = _Pass(base, experts, out, coefficients, limit, affine, largest)
+    pass_ = _Pass(base, experts, out, made, limit, largest)
     for done, subject in enumerate(subjects):
         if progress:
             progress(done, len(subjects), subject.name)
@@ -164,14 +180,15 @@ class _Pass:
         base: Checkpoint,
         experts: Sequence[Expert],
         out: Measured,
-        coefficients: Callable[[str], Tensor | None],
+        shared: Mapping[str, Shared],
         limit: Callable[[int, int], int] | None,
-        affine: bool,
         largest: float | None,
     ) -> None:
         self.base, self.experts, self.out = base, experts, out
-        self.coefficients, self.limit, self.affine = coefficients, limit, affine
-        self.largest = largest
+        self.shared, self.limit, self.largest = shared, limit, largest
+        count = len(experts)
+        each = 1 / count if count > 1 else 0.0
+        self.stand_in = Shared(torch.full((count,), each, dtype=torch.float64))
         self._dense: list[tuple[int, int]] = []  # matrices whose SVD the build takes densely
         self._factored = 0  # ... and from factors
         self._dense_times: dict[tuple[int, int], float] = {}  # of one SVD of this shape
@@ -200,26 +217,26 @@ class _Pass:
                 return
             found = self._sums(base, own, torch.float64)  # squares that float32 cannot hold
         self._add(subject, found)
-        if subject.matrix is None or not found.products.any():
+        made = self.shared.get(name)
+        if subject.matrix is None or not (found.products.any() or (made and made.rest)):
             return
         self.out.matrices += 1
         stacked = sum(tensor.a.shape[0] for tensor in own if isinstance(tensor, LowRank))
         known = all(tensor is None or isinstance(tensor, LowRank) for tensor in own)
         # As the build decides it: see `stream.read_step`.
-        factored = self.affine and known and 2 * stacked <= min(subject.matrix)
+        affine = made is not None and not made.rest
+        factored = affine and known and 2 * stacked <= min(subject.matrix)
         if factored:
             self._factored += 1
         else:
             self._dense.append(subject.matrix)
         if sampled:
             self.out.sampled.append(name)
-            c = self.coefficients(name)
-            if c is None:
-                c = torch.full((len(own),), 1 / len(own), dtype=torch.float64)
+            made = made or self.stand_in
             if factored:
-                self._spectra_of_factors(subject, own, c)
+                self._spectra_of_factors(subject, own, made.c)
             else:
-                self._spectra(subject, base, own, c, work)
+                self._spectra(subject, base, own, made, work)
 
     def see_head(self, name: str) -> None:
         """Heads are kept whole: only that they are finite, and whether two are equal."""
@@ -294,15 +311,15 @@ class _Pass:
         subject: Subject,
         base: Tensor,
         own: list[Tensor | LowRank | None],
-        c: Tensor,
+        made: Shared,
         work: torch.dtype,
     ) -> None:
-        """Of `d_t - Σ c_s d_s`, one expert after the other."""
+        """Of `d_t - Σ c_s d_s - rest W_0`, one expert after the other."""
         assert subject.matrix is not None
         whole = slice(None)
         start = base.to(work)
-        shared = torch.zeros_like(start)
-        for weight, tensor in zip(c.tolist(), own, strict=True):
+        shared = made.rest * start
+        for weight, tensor in zip(made.c.tolist(), own, strict=True):
             if tensor is not None:
                 shared += weight * _rows(tensor, whole, start)
         for index, tensor in enumerate(own):

@@ -40,7 +40,9 @@ def sce(
     selected = _Selected(vectors, _most_varied(vectors, select_topk) if select_topk < 1 else None)
     energy = torch.zeros(len(experts), dtype=torch.float64)
     for deltas in selected:
-        energy += torch.tensor([total(delta.square()) for delta in deltas], dtype=torch.float64)
+        energy += torch.tensor(
+            [total(delta.double().square()) for delta in deltas], dtype=torch.float64
+        )
     energy /= max(1, base.numel())
     weight = energy / energy.sum() if energy.sum() >= NEGLIGIBLE else torch.ones_like(energy)
     weight = (weight / weight.sum()).to(experts)

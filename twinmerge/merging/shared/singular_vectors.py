@@ -4,6 +4,9 @@ A tensor of more than two axes is seen as out × rest, as for the factors of the
 is no matrix (vectors, scalars, tensors that are one row) is moved by the average of the task
 vectors, as the papers do it. Singular values that are only rounding are left out, and with them
 the arbitrary directions that belong to them: rows that training never touched stay the base's.
+
+All of it runs in float64: side by side, the singular vectors of all tasks are nearly dependent, and
+making them orthogonal multiplies their errors by 10,000.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +24,10 @@ from .registry import shared_expert
 from .task_arithmetic import task_arithmetic
 
 Matrix: TypeAlias = Float[Tensor, "out in"]
+
+SAME = 1e-3
+"""Directions side by side are the same, but for the rounding of float32 weights, where they differ
+by less than this share of what directions at random do."""
 
 
 @shared_expert("tsv_m", paper="https://arxiv.org/abs/2412.00081")
@@ -45,9 +52,9 @@ def tsv_m(
     authors' code averages, are matrices here.
     """
 
-    def update(base: Matrix, experts: Float[Tensor, "expert out in"]) -> Matrix:
+    def update(base: Matrix, experts: Float[Tensor, "expert out in"], floor: float) -> Matrix:
         share = max(1, min(base.shape) // len(experts))
-        return _recombined([_significant(expert - base).cut(share) for expert in experts])
+        return _recombined([_significant(_change(base, x), floor).cut(share) for x in experts])
 
     return _by_matrix(base, experts, lambda_, update)
 
@@ -72,8 +79,8 @@ def iso_c(
     Source: Marczak et al., No Task Left Behind, arXiv:2502.04959.
     """
 
-    def update(base: Matrix, experts: Float[Tensor, "expert out in"]) -> Matrix:
-        found = _significant(_sum(base, experts))
+    def update(base: Matrix, experts: Float[Tensor, "expert out in"], floor: float) -> Matrix:
+        found = _significant(_sum(base, experts), len(experts) ** 0.5 * floor)
         return (found.u * _mean(found.s)) @ found.vh
 
     return _by_matrix(base, experts, lambda_, update)
@@ -91,11 +98,15 @@ def iso_cts(
     """`W_s = W_0 + λ σ̄ U⊥ V⊥ᵀ`, from directions that tasks have in common and directions of each.
 
     The first `k` singular triplets of `Σ_t (W_t - W_0)` are common, with k the fraction
-    `common_space_fraction` of `r = min(out, in)`. The part of each task matrix that is orthogonal
-    to their left side gives its first `(r - k) / T` triplets, rounded down; the common ones get
-    what is left over. All of them side by side make U, Σ and V, orthogonalised as in `tsv_m`; σ̄ is
-    the mean of Σ. With one expert, or a fraction of 1, this is `iso_c`. Tensors that are no matrix
-    are moved by λ times the average. λ is as in `iso_c`, and 0.8 is the authors' choice.
+    `common_space_fraction` of `r = min(out, in)`, rounded down. The part of each task matrix that
+    is orthogonal to their left side gives its first `(r - k) / T` triplets, rounded to the nearest
+    (halves to even); k becomes what these leave over. All of them side by side make U, Σ and V,
+    orthogonalised as in `tsv_m`; σ̄ is the mean of Σ. With one expert, or a fraction of 1, this is
+    `iso_c`. Tensors that are no matrix are moved by λ times the average. λ is as in `iso_c`, and
+    0.8 is the authors' choice.
+
+    The authors' code divides the directions in the same way, but lets the tasks have more than r,
+    and k be negative. Here each has `r / T` at most, rounded down.
 
     Source: Marczak et al., No Task Left Behind, arXiv:2502.04959. Raises `RecipeError` if
     `common_space_fraction` is not in [0, 1].
@@ -106,17 +117,19 @@ def iso_cts(
             f"between 0 and 1, got {common_space_fraction:g}. 0.8 is the paper's."
         )
 
-    def update(base: Matrix, experts: Float[Tensor, "expert out in"]) -> Matrix:
-        shortest = min(base.shape)
+    def update(base: Matrix, experts: Float[Tensor, "expert out in"], floor: float) -> Matrix:
+        count, shortest = len(experts), min(base.shape)
         # The rounding is against 0.29 * 100 = 28.999...
-        own = (shortest - int(common_space_fraction * shortest + 1e-9)) // len(experts)
-        common = _significant(_sum(base, experts)).cut(shortest - own * len(experts))
+        rest = shortest - int(common_space_fraction * shortest + 1e-9)
+        own = min(round(rest / count), shortest // count)
+        floor *= count**0.5
+        common = _significant(_sum(base, experts), floor).cut(shortest - own * count)
         parts = [common]
-        for delta in (expert - base for expert in experts):
-            rest = delta - common.u @ (common.u.T @ delta)
-            # what the projection leaves behind by rounding is no direction of the task's
-            floor = 10 * torch.finfo(delta.dtype).eps * float(torch.linalg.vector_norm(delta))
-            parts.append(_significant(rest, floor).cut(own))
+        for delta in (_change(base, expert) for expert in experts if own):
+            shadow = common.u.T @ delta
+            # Rounding turns a common direction by its share of it, and the shadow leaks as much.
+            leak = float((torch.linalg.vector_norm(shadow, dim=1) / common.s).amax(0)) if len(common.s) else 0
+            parts.append(_significant(delta - common.u @ shadow, max(1, leak) * floor).cut(own))
         mean = _mean(torch.cat([part.s for part in parts]))
         flat = [SVD(part.u, torch.full_like(part.s, mean), part.vh) for part in parts]
         return _recombined(flat)
@@ -127,11 +140,17 @@ def iso_cts(
 def orthonormal(x: Matrix) -> Matrix:
     """The nearest matrix with orthonormal columns: the unitary factor of the polar decomposition.
 
-    Singular values below √ε of the largest count as 0: columns that agree up to rounding have no
-    difference that could be made orthogonal, and the factor is a partial isometry.
+    The columns are unit vectors, in float64. Those that agree up to rounding have no difference
+    that could be made orthogonal: the factor is then a partial isometry. What is no rounding
+    depends on how many columns share the space: p of them at random in n dimensions have singular
+    values from `√n - √p` to `√n + √p`, relative to each other, and down to about `1/n` where they
+    fill it. Below `SAME` of that, singular values count as 0.
     """
     found = svd(x)
-    rank = int((found.s > torch.finfo(x.dtype).eps ** 0.5 * found.s[0]).sum())
+    used = int((x != 0).any(dim=1).sum())
+    p, n = sorted((used, x.shape[1]))
+    random = max((n**0.5 - p**0.5) / (n**0.5 + p**0.5), 1 / n) if n else 0
+    rank = int((found.s > SAME * random * found.s[0]).sum())
     return found.u[:, :rank] @ found.vh[:rank]
 
 
@@ -141,11 +160,22 @@ def _recombined(parts: list[SVD]) -> Matrix:
     return (orthonormal(u) * torch.cat([part.s for part in parts])) @ orthonormal(v).T
 
 
-def _significant(matrix: Matrix, floor: float = 0.0) -> SVD:
+def _significant(matrix: Matrix, floor: float) -> SVD:
     """Its singular triplets, but for those that rounding makes; maybe none."""
     found = svd(matrix)
     rank = numerical_rank(found.s, *matrix.shape)
     return found.cut(min(rank, int((found.s > floor).sum())))
+
+
+def _rounding(weights: Matrix) -> float:
+    """What the singular values of a task matrix may be because its weights are float32.
+
+    These are off by up to `ε/2` of themselves. A matrix of independent errors of sizes `e_ij` has
+    singular values up to about the largest norm of a row of e plus that of a column (Bandeira and
+    van Handel, arXiv:1408.6185). With ε for `e / |W|`, that is about 5 times what rounding makes.
+    """
+    norms = (torch.linalg.vector_norm(weights, dim=dim) for dim in (0, 1))
+    return torch.finfo(torch.float32).eps * sum(float(norm.max()) for norm in norms)
 
 
 def _mean(s: Float[Tensor, " rank"]) -> float:
@@ -153,25 +183,38 @@ def _mean(s: Float[Tensor, " rank"]) -> float:
 
 
 def _sum(base: Matrix, experts: Float[Tensor, "expert out in"]) -> Matrix:
-    total = torch.zeros_like(base)
+    total = torch.zeros_like(base, dtype=torch.float64)
     for expert in experts:
-        total += expert - base
+        total += _change(base, expert)
     return total
+
+
+def _change(base: Matrix, expert: Matrix) -> Matrix:
+    """The task matrix, in float64."""
+    return expert.to(torch.float64, copy=True).sub_(base)
 
 
 def _by_matrix(
     base: Float[Tensor, " *shape"],
     experts: Float[Tensor, " expert *shape"],
     lambda_: float,
-    update: Callable[[Matrix, Float[Tensor, "expert out in"]], Matrix],
+    update: Callable[[Matrix, Float[Tensor, "expert out in"], float], Matrix],
 ) -> Float[Tensor, " *shape"]:
-    """`W_0 + λ · update`, or `W_0` plus λ times the average of the task vectors."""
+    """`W_0 + λ · update`, or `W_0` plus λ times the average of the task vectors.
+
+    `update` gets matrices, and the floor of one task's singular values; it gives float64.
+    """
     view = matrix_shape(tuple(base.shape))
     if view is None:
         return task_arithmetic(base, experts, weight=1 / len(experts), lambda_=lambda_)
+    ground, stacked = base.reshape(view), experts.reshape(len(experts), *view)
+    changed = torch.stack([(expert != ground).any(dim=1) for expert in stacked]).any(dim=0)
+    if not changed.any():
+        return base.clone()
     with _one_thread():
-        moved = update(base.reshape(view), experts.reshape(len(experts), *view))
-    return base + lambda_ * moved.view(base.shape)
+        floor = max(_rounding(weights[changed]) for weights in (ground, *stacked))
+        moved = update(ground, stacked, floor)
+    return base + (lambda_ * moved).to(base).view(base.shape)
 
 
 @contextmanager
