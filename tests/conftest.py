@@ -14,6 +14,24 @@ import torch
 torch.set_num_threads(1)
 
 
+SLOW = {
+    "test_budget.py",
+    "test_divide.py",
+    "test_exclusive_forms.py",
+    "test_mergekit_parity.py",
+    "test_method_docs.py",
+    "test_resume.py",
+    "test_storage_conformance.py",
+}
+"""Files of whole builds by the dozen: minutes together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal numbers that depend on the seed alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -570,6 +570,79 @@ def test_a_task_of_low_rank_brings_no_directions_of_rounding():
         assert rank == 6, name
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (192, 96), (96, 2, 60)])
+@pytest.mark.parametrize("name", MATRICES)
+def test_the_dtype_of_the_maths_does_not_matter(name, shape):
+    """Where T divides the short side, the directions of all tasks fill the space."""
+    base, deltas = randn(*shape, seed=0), randn(8, *shape, seed=1)
+    experts = base + 0.02 * deltas
+    double = merged(name, base.double(), experts.double()) - base
+    single = merged(name, base, experts).double() - base
+    # what is left is the rounding of the result
+    assert (single - double).norm() < 1e-6 * base.norm()
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-4, 3e-5])
+def test_directions_that_come_close_are_told_apart_in_either_dtype(angle):
+    """As the closest of many tasks' do: 8 fine-tunes of a 384 × 384 matrix come to 1e-4."""
+    one, other = matrices((0, 48), (48, 96), size=96)
+    (u, *_), (w, s, vh) = (torch.linalg.svd(x, full_matrices=False) for x in (one, other))
+    w[:, 0] = torch.nn.functional.normalize(u[:, 0] + angle * w[:, 0], dim=0)
+    experts = torch.stack([one, w * s @ vh])
+    base = torch.zeros(96, 96)
+    double = merged("tsv_m", base.double(), experts)
+    assert torch.linalg.matrix_rank(double, rtol=1e-5) == 96
+    single = merged("tsv_m", base, experts.float()).double()
+    assert (single - double).norm() < 1e-2 * double.norm()
+
+
+def low_rank(count: int, drift: float, shared: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """A base, its task matrices of rank 4 in float64, and the experts with float32's rounding."""
+    base, b = randn(96, 80, seed=0), randn(count, 96, 4, seed=1).double()
+    a = randn(1 if shared else count, 4, 80, seed=2).double()
+    deltas = b @ a * drift / 2
+    return base, deltas, (base + deltas).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("drift", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("name", MATRICES)
+def test_the_rounding_of_float32_weights_counts_as_no_direction(name, drift, count, dtype):
+    base, deltas, experts = low_rank(count, drift)
+    got = merged(name, base.to(dtype), experts.to(dtype)).double() - base
+    want = merged(name, torch.zeros_like(deltas[0]), deltas)
+    assert (got - want).norm() < 1e-6 * base.norm() + 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("drift", [0.1, 0.001])
+def test_directions_that_tasks_share_up_to_rounding_count_once(drift):
+    base, deltas, experts = low_rank(2, drift, shared=True)
+    got = merged("tsv_m", base, experts).double() - base
+    want = merged("tsv_m", torch.zeros_like(deltas[0]), deltas)
+    assert (got - want).norm() < 1e-6 * base.norm() + 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "own"),
+    [(2, 0.5, 3), (5, 0.5, 1), (8, 0.6, 1), (8, 0.7, 0), (8, 0, 1), (7, 0, 1), (12, 0.2, 1)],
+)
+def test_iso_cts_shares_directions_out_to_the_nearest_but_no_more_than_there_are(
+    count, fraction, own
+):
+    """Of 12: 6 / 2, 6 / 5, 5 / 8, 4 / 8 (to even), 12 / 8 and 12 / 7 (2 are too many), 10 / 12."""
+    deltas = randn(count, 12, 12, seed=1).double()
+    u, s, vh = torch.linalg.svd(deltas.sum(dim=0))
+    common = u[:, : 12 - count * own]
+    tasks = torch.linalg.svd(deltas - common @ common.T @ deltas)
+    left = torch.cat([common, *tasks.U[:, :, :own]], dim=1)
+    right = torch.cat([vh[: common.shape[1]], *tasks.Vh[:, :own]])
+    mean = torch.cat([s[: common.shape[1]], *tasks.S[:, :own]]).mean()
+    (p, _, q), (v, _, w) = torch.linalg.svd(left), torch.linalg.svd(right)
+    got = merged("iso_cts", torch.zeros_like(u), deltas, common_space_fraction=fraction)
+    torch.testing.assert_close(got, mean * p @ q @ v @ w)
+
+
 @pytest.mark.parametrize("shape", [(8, 3), (3, 8), (5, 5)])
 def test_the_nearest_orthonormal_matrix_is_orthonormal_or_a_partial_isometry(shape):
     x = randn(*shape, seed=0).double()

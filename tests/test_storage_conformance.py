@@ -184,7 +184,8 @@ def stores(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(
     ("name", "way"),
     [(name, "several") for name in sorted(FAMILIES)]
-    + [(name, way) for name in LAYERS for way in BUILT],
+    + [("bert", way) for way in BUILT]
+    + [("gemma", "int8"), ("gemma", "mask"), ("gpt2", "int4"), ("vit", "int8"), ("vit", "index")],
 )
 def test_a_mixed_batch_is_its_rows_one_by_one_and_the_densely_merged_model(
     name, way, zoo, stores, tmp_path
@@ -241,10 +242,9 @@ def test_greedy_tokens_are_those_of_the_densely_merged_model(name, way, zoo, sto
 
 
 def test_parts_are_held_as_they_are_stored(stores):
-    kinds = {"int8": {Packed}, "int4": {Packed}, "mask": {Scattered}, "index": {Scattered}}
-    for way, kind in kinds.items():
+    for way, kind in (("int8", Packed), ("mask", Scattered)):
         parts = parts_of(stores("gemma", way)[1])  # no biases: those ride along in floats
-        assert {type(part) for part in parts} == kind
+        assert {type(part) for part in parts} == {kind}
     assert {type(p) for p in parts_of(stores("bert", "several")[1])} == {Factors, Packed, Scattered}
 
 
@@ -253,10 +253,9 @@ def parts_of(twin: Any) -> list[Any]:
 
 
 def test_a_table_that_two_layers_share_is_held_once(stores):
-    parts = [id(part.b_q) for part in parts_of(stores("llama tied", "int8")[1])]
-    model = stores("llama tied", "int8")[1].model
-    assert model.lm_head.parts[0] is model.model.embed_tokens.parts[0]
-    assert len(parts) == len(set(parts))
+    model = stores("llama tied", "several")[1].model
+    held, shared = model.lm_head.parts, model.model.embed_tokens.parts
+    assert len(held) > 1 and all(one is other for one, other in zip(held, shared, strict=True))
 
 
 @pytest.mark.parametrize("way", ["int8", "several"])

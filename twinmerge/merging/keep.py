@@ -25,9 +25,9 @@ LEAST_REACH = 16
 SMALL = 1 << 22
 """Entries below which memory does not count: 16 MB in float32."""
 
-WORKSPACE = (1.5, 2.5, 12.0)
-"""What one expert's part takes while it is made, in sizes of its tensor in float32: a truncated
-SVD, entries, an exact SVD. Measured; the last is what LAPACK and the Gram matrices want."""
+TRUNCATED_WORKSPACE, ENTRIES_WORKSPACE, EXACT_WORKSPACE = 1.5, 2.5, 14.0
+"""What one expert's part takes while it is made, in sizes of its tensor: a truncated SVD, entries,
+an exact SVD. Measured; the last is what LAPACK and Gram matrices in float64 want."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class Keep:
         size = prod(tensor.shape)
         if size < SMALL:
             return max(1, experts)
-        truncated = self.form == "svd" and self.bounded
-        each = WORKSPACE[0] if truncated else WORKSPACE[1 if self.form != "svd" else 2]
+        each = TRUNCATED_WORKSPACE if self.bounded else EXACT_WORKSPACE
+        if self.form != "svd":
+            each = ENTRIES_WORKSPACE
         return max(1, int(experts / each))
 
     def bytes_at_most(self, tensor: Planned) -> int:

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, MissingTensor, RecipeError, UnsupportedChe
 from ..recipe import Depths, Recipe
 from ..weightfiles import TensorInfo, some
 from .exclusive import matrix_shape
-from .keep import Keep, keep_of, stored_as
+from .keep import EXACT_WORKSPACE, Keep, keep_of, stored_as
 from .planned import Planned
 
 # What a config.json may say otherwise than the base's without changing what the weights mean.
@@ -103,10 +103,13 @@ class Plan:
         return self.disk_bytes()
 
     def peak_bytes(self) -> int:
-        """About what the build holds at once, see docs/method.md: (T + 2) × the largest tensor."""
+        """About what the build holds at once: (T + 2) × the largest tensor, and the workspace of
+        an exact SVD where the recipe asks for all of the spectrum. See docs/building.md."""
         largest = max((prod(t.shape) for t in self.tensors if t.kind != "head"), default=0)
+        matrix = max((prod(t.shape) for t in self.tensors if t.kind == "matrix"), default=0)
         work = 8 if self.recipe.dtype == "float64" else 4
-        return (len(self.experts) + 2) * largest * work
+        exact = 0 if self.keep.bounded or self.keep.cut.none else int(EXACT_WORKSPACE * matrix)
+        return ((len(self.experts) + 2) * largest + exact) * work
 
     def summary(self) -> dict[str, Any]:
         """What a build will hold and write, for `--dry-run`. Sizes in bytes; experts' at most."""

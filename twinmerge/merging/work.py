@@ -168,19 +168,7 @@ class Worker:
             done.shared = cast(step.base, tensor.dtype, tensor.name)
             return done
         if stored is None:
-            stacked = torch.empty(len(experts), *step.base.shape, dtype=work)
-            for place, own in zip(stacked, experts, strict=True):
-                place.copy_(own)
-            merged = merge(
-                self.method.name,
-                step.base.to(work),
-                stacked,
-                parameters,
-                self._generators(tensor.name),
-            )
-            del stacked
-            stored = merged.to(tensor.dtype)
-            del merged
+            stored = self._whole(step, parameters, work).to(tensor.dtype)
             if not all_finite(stored):
                 raise _too_large(tensor)
         done.shared = stored
@@ -201,6 +189,15 @@ class Worker:
             for (name, _), kept in zip(some, self.pool.map(keep, some), strict=True):
                 done.kept[name] = kept
         return done
+
+    def _whole(self, step: Step, parameters: dict, work: torch.dtype) -> Tensor:
+        """The shared expert by a method that wants all of a tensor at once."""
+        assert step.experts is not None
+        stacked = torch.empty(len(step.experts), *step.base.shape, dtype=work)
+        for index, own in enumerate(step.experts):
+            stacked[index].copy_(own)
+        draws = self._generators(step.tensor.name)
+        return merge(self.method.name, step.base.to(work), stacked, parameters, draws)
 
     def _factored(self, step: Step, c: Float[Tensor, " expert"]) -> Done:
         """The same for task vectors known in factors, and a shared expert affine in them.

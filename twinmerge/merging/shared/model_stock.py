@@ -27,7 +27,9 @@ def model_stock(
     `cos θ` is the mean, over all pairs of experts, of the cosine between their task vectors, tensor
     by tensor. With `filter_wise`, every row has an angle of its own; a row is what mergekit takes
     for one, the entries along the last axis. Where the denominator is 0, as with two opposite task
-    vectors, the base stays.
+    vectors, the base stays. A negative mean cosine makes r negative, so that `W_s` lies beyond the
+    base, without bound as the cosine nears `-1 / (T - 1)`. Products of norms below `NEGLIGIBLE`
+    count as that: task vectors shorter than 1e-3 seem less alike, and `W_s` stays near the base.
 
     Source: Jang et al., Model Stock, arXiv:2403.19522; semantics of mergekit 0.1.5, which asks for
     two experts or more beside the base.

@@ -120,16 +120,17 @@ def iso_cts(
     def update(base: Matrix, experts: Float[Tensor, "expert out in"], floor: float) -> Matrix:
         count, shortest = len(experts), min(base.shape)
         # The rounding is against 0.29 * 100 = 28.999...
-        rest = shortest - int(common_space_fraction * shortest + 1e-9)
-        own = min(round(rest / count), shortest // count)
+        left = shortest - int(common_space_fraction * shortest + 1e-9)
+        own = min(round(left / count), shortest // count)
         floor *= count**0.5
         common = _significant(_sum(base, experts), floor).cut(shortest - own * count)
         parts = [common]
         for delta in (_change(base, expert) for expert in experts if own):
             shadow = common.u.T @ delta
-            # Rounding turns a common direction by its share of it, and the shadow leaks as much.
-            leak = float((torch.linalg.vector_norm(shadow, dim=1) / common.s).amax(0)) if len(common.s) else 0
-            parts.append(_significant(delta - common.u @ shadow, max(1, leak) * floor).cut(own))
+            # Rounding of the sum turns its weak directions most, and what a task has there leaks.
+            leaks = torch.linalg.vector_norm(shadow, dim=1) / common.s
+            rest = delta - common.u @ shadow
+            parts.append(_significant(rest, floor * max([1.0, *leaks.tolist()])).cut(own))
         mean = _mean(torch.cat([part.s for part in parts]))
         flat = [SVD(part.u, torch.full_like(part.s, mean), part.vh) for part in parts]
         return _recombined(flat)
