@@ -82,6 +82,12 @@ def all_finite(x: Float[Tensor, " *shape"]) -> bool:
     return True
 
 
+def _square(block: Tensor) -> float:
+    """`squared_norm` of one block, without its ceremony."""
+    square = torch.dot(block, block).item()
+    return square if 1e-30 < square < 1e30 else squared_norm(block)
+
+
 @torch.no_grad()
 def merge_blocks(
     base: Float[Tensor, " *shape"],
@@ -105,6 +111,8 @@ def merge_blocks(
     if merge is not None:
         result = (buffers or Buffers(1)).next(flat.numel(), store)
     coefficients = merge.tolist() if isinstance(merge, Tensor) else []
+    # Below this no sum of the parts can leave the dtype that it is stored in.
+    room_for = torch.finfo(store).max / 4
 
     def run(start: int) -> Moved:
         total = Moved(0.0, [0.0] * len(flats), False)
@@ -113,24 +121,39 @@ def merge_blocks(
             span = slice(begin, begin + BLOCK)
             ground = flat[span].to(work)
             delta, sum_ = room[0, : len(ground)], room[1, : len(ground)]
-            if coefficients:
-                sum_.zero_()
-            total.base += squared_norm(ground)
-            own = []
+            square = _square(ground)
+            total.base += square
+            largest, own, empty = square**0.5, [], True
             for index, each in enumerate(flats):
                 if each is flat:
                     own.append(ground)
                     continue
                 own.append(each[span].to(work))
                 torch.sub(own[-1], ground, out=delta)
-                square = squared_norm(delta)
+                square = _square(delta)
                 total.experts[index] += square
                 total.changed |= square != 0
                 if coefficients:
-                    sum_.add_(delta, alpha=coefficients[index])
-            if result is not None:
-                result[span] = merge(ground, own) if callable(merge) else sum_.add_(ground)
-                total.finite &= all_finite(result[span])
+                    factor = coefficients[index]
+                    largest += abs(factor) * square**0.5
+                    if empty:
+                        torch.mul(delta, factor, out=sum_)
+                    else:
+                        sum_.add_(delta, alpha=factor)
+                    empty = False
+            if result is None:
+                continue
+            target = result[span]
+            if callable(merge):
+                target.copy_(merge(ground, own))
+            elif empty:
+                target.copy_(ground)
+            elif store == work:
+                torch.add(sum_, ground, out=target)
+            else:
+                target.copy_(sum_.add_(ground))
+            if callable(merge) or not largest < room_for:
+                total.finite &= all_finite(target)
         return total
 
     total = Moved(0.0, [0.0] * len(flats), False)
