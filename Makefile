@@ -30,6 +30,7 @@ table: $(VENV)/all
 
 bench: $(VENV)/all
 	$(BIN)/python benchmarks/build.py $(EXPERTS) --base $(BASE)
+	$(BIN)/python benchmarks/svd.py $(EXPERTS) --base $(BASE) --large 4096 --threads 1
 	$(BIN)/python benchmarks/mixed_batch.py $(EXPERTS) $(DATA) --base $(BASE)
 	$(BIN)/python benchmarks/tables.py
 

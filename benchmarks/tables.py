@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +257,52 @@ def lora() -> str:
     return "\n".join(lines)
 
 
+def svd() -> str | None:
+    """The truncated SVD beside the exact one."""
+    data = read("svd")
+    if data is None:
+        return None
+    rows = [row for row in data["svd"] if row["rank"] == 16 and row["threads"] == 1]
+    lines = [
+        "| rank 16 of | exact, ms | truncated, ms | times faster | excess error, most "
+        "| its own bound, most |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
+        mine = [row for row in rows if tuple(row["shape"]) == shape]
+        faster = sorted(row["ratio"] for row in mine)
+        excess = max(row["excess_error"] or 0.0 for row in mine)
+        bounds = [row["excess_bound"] for row in mine if row["excess_error"] is not None]
+        lines.append(
+            f"| {shape[0]} × {shape[1]}, {len(mine)} spectra "
+            f"| {_span(1e3 * row['exact_seconds']['wall'] for row in mine)} "
+            f"| {_span(1e3 * row['seconds']['wall'] for row in mine)} "
+            f"| {faster[0]:.0f} to {faster[-1]:.0f} | {100 * excess:.2f} % "
+            f"| {100 * max(bounds):.2f} % |"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "From Gaussian noise to steep spectra, and differences of real experts; the error is "
+            "that of the product, relative to the Eckart-Young optimum. Spectra whose remainder is "
+            f"float32 rounding have no excess to speak of. {made_with(data['provenance'])}. From "
+            "[`results/svd.json`](results/svd.json).",
+        ]
+    )
+
+
+def _span(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]:.1f} to {ordered[-1]:.1f}"
+
+
 TABLES = {
     "quality": quality,
     "per-task": per_task,
     "speed": speed,
     "building": building,
+    "svd": svd,
     "lora": lora,
 }
 

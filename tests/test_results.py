@@ -27,7 +27,7 @@ def test_the_readme_shows_what_the_result_files_say():
 
 def test_every_table_of_the_readme_has_its_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("quality", "per-task", "speed", "building"):
+    for name in ("quality", "per-task", "speed", "building", "svd"):
         table = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
         assert table is not None and "|" in table[1], name
 
