@@ -88,6 +88,63 @@ def _square(block: Tensor) -> float:
     return square if 1e-30 < square < 1e30 else squared_norm(block)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One tensor's inputs, seen flat, and what is to be done with every block of them."""
+
+    base: Tensor
+    experts: list[Tensor]
+    result: Tensor | None
+    coefficients: list[float]
+    merge: Merge | None
+    work: torch.dtype
+    limit: float
+    """Below this no sum of the parts can leave the dtype that the result is stored in."""
+
+    def run(self, start: int) -> Moved:
+        """Do the blocks from `start` on that are one task."""
+        total = Moved(0.0, [0.0] * len(self.experts), False)
+        room = torch.empty(2, BLOCK, dtype=self.work)
+        for begin in range(start, min(start + GROUP * BLOCK, self.base.numel()), BLOCK):
+            span = slice(begin, begin + BLOCK)
+            ground = self.base[span].to(self.work)
+            delta, sum_ = room[0, : len(ground)], room[1, : len(ground)]
+            square = _square(ground)
+            total.base += square
+            largest, own, empty = square**0.5, [], True
+            for index, each in enumerate(self.experts):
+                if each is self.base:
+                    own.append(ground)
+                    continue
+                own.append(each[span].to(self.work))
+                torch.sub(own[-1], ground, out=delta)
+                square = _square(delta)
+                total.experts[index] += square
+                total.changed |= square != 0
+                if self.coefficients:
+                    factor = self.coefficients[index]
+                    largest += abs(factor) * square**0.5
+                    if empty:
+                        torch.mul(delta, factor, out=sum_)
+                    else:
+                        sum_.add_(delta, alpha=factor)
+                    empty = False
+            if self.result is None:
+                continue
+            target = self.result[span]
+            if self.merge is not None:
+                target.copy_(self.merge(ground, own))
+            elif empty:
+                target.copy_(ground)
+            elif self.result.dtype == self.work:
+                torch.add(sum_, ground, out=target)
+            else:
+                target.copy_(sum_.add_(ground))
+            if self.merge is not None or not largest < self.limit:
+                total.finite &= all_finite(target)
+        return total
+
+
 @torch.no_grad()
 def merge_blocks(
     base: Float[Tensor, " *shape"],
@@ -110,53 +167,16 @@ def merge_blocks(
     result = None
     if merge is not None:
         result = (buffers or Buffers(1)).next(flat.numel(), store)
-    coefficients = merge.tolist() if isinstance(merge, Tensor) else []
-    # Below this no sum of the parts can leave the dtype that it is stored in.
-    room_for = torch.finfo(store).max / 4
-
-    def run(start: int) -> Moved:
-        total = Moved(0.0, [0.0] * len(flats), False)
-        room = torch.empty(2, BLOCK, dtype=work)
-        for begin in range(start, min(start + GROUP * BLOCK, flat.numel()), BLOCK):
-            span = slice(begin, begin + BLOCK)
-            ground = flat[span].to(work)
-            delta, sum_ = room[0, : len(ground)], room[1, : len(ground)]
-            square = _square(ground)
-            total.base += square
-            largest, own, empty = square**0.5, [], True
-            for index, each in enumerate(flats):
-                if each is flat:
-                    own.append(ground)
-                    continue
-                own.append(each[span].to(work))
-                torch.sub(own[-1], ground, out=delta)
-                square = _square(delta)
-                total.experts[index] += square
-                total.changed |= square != 0
-                if coefficients:
-                    factor = coefficients[index]
-                    largest += abs(factor) * square**0.5
-                    if empty:
-                        torch.mul(delta, factor, out=sum_)
-                    else:
-                        sum_.add_(delta, alpha=factor)
-                    empty = False
-            if result is None:
-                continue
-            target = result[span]
-            if callable(merge):
-                target.copy_(merge(ground, own))
-            elif empty:
-                target.copy_(ground)
-            elif store == work:
-                torch.add(sum_, ground, out=target)
-            else:
-                target.copy_(sum_.add_(ground))
-            if callable(merge) or not largest < room_for:
-                total.finite &= all_finite(target)
-        return total
-
+    job = _Job(
+        base=flat,
+        experts=flats,
+        result=result,
+        coefficients=merge.tolist() if isinstance(merge, Tensor) else [],
+        merge=merge if callable(merge) else None,
+        work=work,
+        limit=torch.finfo(store).max / 4,
+    )
     total = Moved(0.0, [0.0] * len(flats), False)
-    for part in pool.map(run, range(0, flat.numel(), GROUP * BLOCK)):
+    for part in pool.map(job.run, range(0, flat.numel(), GROUP * BLOCK)):
         total += part
     return total, None if result is None else result.view(base.shape)

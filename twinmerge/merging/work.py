@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -144,9 +145,7 @@ class Worker:
         assert experts is not None
         work = self._work(step.base)
 
-        def by_block(base: Tensor, own: list[Tensor]) -> Tensor:
-            return merge(self.method.name, base, torch.stack(own), parameters)
-
+        by_block = partial(self._by_block, parameters)
         merging = by_block if c is None and self.method.blockwise else c
         moved, stored = merge_blocks(
             step.base,
@@ -177,11 +176,7 @@ class Worker:
         # Against what was stored, rounding included: full rank gives the expert back.
         ground = stored.to(work)
 
-        def keep(pair: tuple[str, Tensor]) -> Kept:
-            name, own = pair
-            out = self._scratch(ground) if tensor.matrix and self.plan.keep.form == "svd" else None
-            return self._keep(tensor, name, torch.sub(_as(own, work), ground, out=out))
-
+        keep = partial(self._keep_difference, tensor, ground)
         named = list(zip(self.names, experts, strict=True))
         at_once = self.plan.keep.at_once(tensor, len(experts))
         for start in range(0, len(named), at_once):
@@ -189,6 +184,15 @@ class Worker:
             for (name, _), kept in zip(some, self.pool.map(keep, some), strict=True):
                 done.kept[name] = kept
         return done
+
+    def _by_block(self, parameters: dict, base: Tensor, own: list[Tensor]) -> Tensor:
+        return merge(self.method.name, base, torch.stack(own), parameters)
+
+    def _keep_difference(self, tensor: Planned, ground: Tensor, pair: tuple[str, Tensor]) -> Kept:
+        """What the expert `pair[0]` keeps of its tensor `pair[1]` beyond `ground`."""
+        name, own = pair
+        out = self._scratch(ground) if tensor.matrix and self.plan.keep.form == "svd" else None
+        return self._keep(tensor, name, torch.sub(_as(own, ground.dtype), ground, out=out))
 
     def _whole(self, step: Step, parameters: dict, work: torch.dtype) -> Tensor:
         """The shared expert by a method that wants all of a tensor at once."""
