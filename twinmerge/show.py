@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -118,7 +119,7 @@ def inspect_text(result: dict[str, Any]) -> None:
                 expert["kind"],
                 f"{expert['bytes']:,}",
                 f"{expert['share_of_base']:.2%}",
-                str(expert["max_rank"]),
+                str(expert["max_rank"] or "-"),
                 *(
                     "-" if (e := expert[key]) is None else f"{e:.3f}"
                     for key in ("mean_relative_error", "mean_truncation", "mean_bound")
@@ -151,8 +152,20 @@ def inspect_text(result: dict[str, Any]) -> None:
             f"router: reads layer {router['layer']}; right on {router['held_out_accuracy']:.1%} of "
             f"{router['held_out_rows']:,} rows held out from its own data"
         )
-    for warning in result["warnings"]:
+    for warning in folded(result["warnings"]):
         typer.echo(f"warning: {warning}")
+
+
+def folded(warnings: list[str]) -> list[str]:
+    """What is said of several experts in the same words, said once."""
+    said: dict[str, list[str]] = {}
+    for warning in warnings:
+        match = re.match(r"expert ('[^']*'): (.*)", warning, re.DOTALL)
+        said.setdefault(match[2] if match else warning, []).extend([match[1]] if match else [])
+    return [
+        f"expert{'s' if len(names) > 1 else ''} {', '.join(names)}: {text}" if names else text
+        for text, names in said.items()
+    ]
 
 
 def print_tensors(manifest: Any) -> None:
@@ -177,7 +190,7 @@ def dry_run_text(result: dict[str, Any]) -> None:
         elif isinstance(value, dict):
             inner = ", ".join(f"{name} {count:,}" for name, count in value.items())
             typer.echo(f"  {key.replace('_', ' ')}: {inner}")
-    for warning in result["warnings"]:
+    for warning in folded(result["warnings"]):
         typer.echo(f"warning: {warning}")
 
 

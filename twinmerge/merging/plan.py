@@ -114,15 +114,19 @@ class Plan:
     def summary(self) -> dict[str, Any]:
         """What a build will hold and write, for `--dry-run`. Sizes in bytes; experts' at most."""
         counts = Counter(tensor.kind for tensor in self.tensors)
+        budget = self.keep.budget is not None
+        each = "bytes_per_expert_on_average" if budget else "bytes_per_expert_at_most"
+        artifact = self.shared_bytes() + len(self.experts) * self.expert_bytes()
         return {
             "base": self.recipe.base_model,
             "model_class": self.model_class,
             "experts": len(self.experts),
             "tensors": dict(sorted(counts.items())),
             "shared_bytes": self.shared_bytes(),
-            "bytes_per_expert_at_most": self.expert_bytes(),
-            "artifact_bytes_at_most": self.shared_bytes() + len(self.experts) * self.expert_bytes(),
-            "disk_bytes_while_building": self.work_bytes(),
+            each: self.expert_bytes(),
+            "artifact_bytes_at_most": artifact,
+            "disk_bytes_while_building_at_least": self.work_bytes(),
+            "disk_bytes_while_building_at_most": artifact + self.spool_bytes(),
             "peak_memory_bytes": self.peak_bytes(),
             "warnings": self.warnings,
         }

@@ -281,7 +281,7 @@ def _needs(summary: dict[str, Any] | None, found: Measured, recipe: Recipe, out:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4  # as build does
     threads = max(1, min(len(recipe.models), cores))
     summary = summary or {}
-    disk = summary.get("disk_bytes_while_building")
+    disk = summary.get("disk_bytes_while_building_at_least")
     return Needs(
         peak_memory_bytes=summary.get("peak_memory_bytes"),
         free_memory_bytes=free_memory(),
