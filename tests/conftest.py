@@ -15,15 +15,21 @@ torch.set_num_threads(1)
 
 
 SLOW = {
+    "test_big_sources.py",
     "test_budget.py",
+    "test_build.py",
     "test_divide.py",
+    "test_doctor.py",
+    "test_evaluation.py",
     "test_exclusive_forms.py",
     "test_mergekit_parity.py",
     "test_method_docs.py",
     "test_resume.py",
+    "test_settings.py",
+    "test_shared.py",
     "test_storage_conformance.py",
 }
-"""Files of whole builds by the dozen: minutes together."""
+"""Files of builds by the dozen, or of hundreds of cases: minutes together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
