@@ -28,11 +28,12 @@ from ..errors import CorruptCheckpoint, OutputError, TwinMergeError
 from ..recipe import Recipe
 from .blocks import SMALL
 from .join import Finished, join, unfinished
-from .journal import RESTART, Line, Part, Workspace
+from .journal import Line, Part, Workspace
 from .plan import Plan, make_plan
 from .planned import Planned
 from .segments import Segment, divide, shards_of, shared_layout
 from .stream import pairs
+from .threads import one_thread
 from .work import Done, Worker
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -245,14 +246,10 @@ def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
     Sums inside an operation then add up in one order, so the bytes of an artifact do not depend on
     the number of cores; and small matrices gain nothing from threads of their own.
     """
-    before = torch.get_num_threads()
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+    each = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with one_thread(), each as pool:
+        yield pool
 
 
 class _Writer:
@@ -369,4 +366,4 @@ def _join(
     return join(plan, workspace, finished, segments, written)
 
 
-__all__ = ["DEFAULT_SHARD_BYTES", "RESTART", "Progress", "build", "build_part", "join_parts"]
+__all__ = ["DEFAULT_SHARD_BYTES", "Progress", "build", "build_part", "join_parts"]

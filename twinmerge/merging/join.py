@@ -348,8 +348,11 @@ class _Row:
     tensors: Sequence[_Pieces]
 
     def __iter__(self) -> Iterator[Tensor]:
-        for pieces in self.tensors:
-            yield from blocks(pieces.read(pieces.pieces[0]))
+        found = [(pieces, pieces.pieces[0]) for pieces in self.tensors]
+        wide = any(piece.dtype == "float64" for _, piece in found)
+        for pieces, piece in found:
+            tensor = pieces.read(piece)
+            yield from blocks(tensor.double() if wide else tensor)
 
 
 def unfinished(parts: Sequence[Finished], segments: Sequence[Sequence[Segment]]) -> list[int]:

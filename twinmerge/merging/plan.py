@@ -80,8 +80,13 @@ class Plan:
     def spool_bytes(self) -> int:
         """Most bytes that experts' parts take on disk while a build is under way."""
         if self.keep.scope_all:
-            entries = sum(prod(t.shape) for t in self.tensors if t.kind == "matrix")
-            return len(self.experts) * (self.whole_bytes() + 4 * entries)
+            double = self.recipe.dtype == "float64"
+            dense = sum(
+                prod(t.shape) * (8 if double or self.base.info(t.name).dtype.itemsize == 8 else 4)
+                for t in self.tensors
+                if t.kind == "matrix"
+            )
+            return len(self.experts) * (self.whole_bytes() + dense)
         return len(self.experts) * (self.whole_bytes() + self.matrix_bytes())
 
     def shared_bytes(self) -> int:

@@ -238,7 +238,7 @@ class Worker:
         if keep.cut.none:
             return done
         if keep.form != "svd":
-            ground = done.shared.to(work)  # type: ignore[union-attr]
+            ground = stored.to(work)
             base = step.base.to(work)
             for name, v in zip(self.names, vectors, strict=True):
                 own = base if v is None else base + (v.b.to(work) @ v.a.to(work)).view(base.shape)
@@ -281,9 +281,8 @@ class Worker:
                 )
             )
         if keep.scope_all:
-            dense = delta.float()
-            share = Share(storage="whole", bytes=dense.nbytes, error=0.0)
-            return Kept({DENSE: dense}, share)
+            share = Share(storage="whole", bytes=delta.nbytes, error=0.0)
+            return Kept({DENSE: delta}, share)
         if keep.form == "magnitude":
             entries = magnitude(delta, keep.density, dtype)
         else:

@@ -16,6 +16,7 @@ parameters and dense merges, gives a whole matrix.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
@@ -43,7 +44,7 @@ def aligned(mixed: Tensor, ndim: int) -> Tensor:
     return mixed.view(mixed.shape[0], *[1] * (ndim - 2), mixed.shape[-1])
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """What some experts know of one matrix. `weights` is always (batch, expert).
 
     Axes of x and y but the first and last are free; a first axis of 1 in x serves the whole batch.
@@ -54,35 +55,35 @@ class Part(nn.Module):
     """(rank,): to whom each component of `look` belongs."""
     out: int
 
+    @abstractmethod
     def linear(self, y: Tensor, x: Tensor, weights: Tensor) -> Tensor:
         """y + Σ_t w_t D_t x, x: (batch, ..., in), y: (batch, ..., out). May overwrite `y`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conv(
         self, y: Tensor, x: Tensor, weights: Tensor, kernel: torch.Size, convolve: Convolve
     ) -> Tensor:
         """y + Σ_t w_t D_t * x, where a row of D_t is a kernel of that shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def look(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """What `back` makes rows `ids` of D_t from, of all experts: (..., rank)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def back(self, y: Tensor, found: Tensor) -> Tensor:
         """y + the rows of D that `found` (of `look`, scaled per expert) stands for: (..., in)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dense(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """Σ_t w_t D_t for each row of weights: (batch, out, in)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turned(self) -> Part:
         """The part of the transposed matrix."""
-        raise NotImplementedError
 
+    @abstractmethod
     def one_channel(self) -> Part:
         """The part of the matrix laid out as one row: (1, out · in). Packed ones give float32."""
-        raise NotImplementedError
 
     def scaled(self, found: Tensor, weights: Tensor) -> Tensor:
         """Each component of `found` (batch, ..., rank) by its owner's weight."""

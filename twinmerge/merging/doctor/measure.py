@@ -19,7 +19,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from ...checkpoint import Checkpoint, Expert, LowRank, Unchanged
 from ..linalg import ProductSVD, spectrum, svd, truncated_svd
+from ..threads import one_thread
 from .spectra import Spectrum, Subject, choose, spectrum_of
 
 BLOCK = 2**23
@@ -357,7 +357,7 @@ class _Pass:
         rank = self.limit(*matrix.shape) if self.limit is not None else None
         if rank == 0:
             return 0.0
-        with _one_thread():
+        with one_thread():
             start = time.perf_counter()
             svd(matrix) if rank is None else truncated_svd(matrix, rank)
             return time.perf_counter() - start
@@ -440,13 +440,3 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.shape == other.shape and torch.equal(one, other)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -9,8 +9,7 @@ All of it runs in float64: side by side, the singular vectors of all tasks are n
 making them orthogonal multiplies their errors by 10,000.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from ...errors import RecipeError
 from ..exclusive import matrix_shape
 from ..linalg import SVD, numerical_rank, svd
+from ..threads import one_thread
 from .registry import shared_expert
 from .task_arithmetic import task_arithmetic
 
@@ -212,18 +212,7 @@ def _by_matrix(
     changed = torch.stack([(expert != ground).any(dim=1) for expert in stacked]).any(dim=0)
     if not changed.any():
         return base.clone()
-    with _one_thread():
+    with one_thread():
         floor = max(_rounding(weights[changed]) for weights in (ground, *stacked))
         moved = update(ground, stacked, floor)
     return base + (lambda_ * moved).to(base).view(base.shape)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The last bits of a matrix product or SVD depend on how many threads share it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
