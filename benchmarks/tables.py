@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Fill the tables of the READMEs from the JSON files in `results/` and beside the adapters.
+"""Fill the tables of READMEs and docs from the JSON files in `results/` and beside the adapters.
 
     python benchmarks/tables.py [--check]
 
 Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. With `--check` nothing is written,
-and the exit code is 1 if the README differs from what the results say; a test runs it so.
+and the exit code is 1 if a page differs from what the results say; a test runs it so.
 """
 
 from __future__ import annotations
@@ -111,31 +111,152 @@ def per_task() -> str | None:
 
 
 def speed() -> str | None:
-    """A mixed batch beside one plain forward."""
-    data = read("mixed_batch")
-    if data is None:
+    """Mixed batches beside one plain forward, and beside what others do."""
+    data = read("runtime")
+    if data is None or not {"grid", "rivals", "routing"} <= set(data):
         return None
+    headline = data["grid"]["settings"]["headline"]
     lines = [
-        "| rank | forward, weights given | routed: route + forward | row by row, dense | "
-        "faster than row by row | largest difference |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| experts | every row all experts | bound | every row one expert | bound "
+        "| one weighting | kept merged | largest difference |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for run in data["runs"]:
-        ratio = run["ratio_to_plain"]
+    others = {key: value for key, value in headline.items() if key != "experts"}
+    line = [row for row in data["grid"]["rows"] if others.items() <= row.items()]
+    for row in sorted(line, key=lambda row: row["experts"]):
+        ratio, bound = row["ratio"], row["bound"]
         lines.append(
-            f"| {run['rank']} | {ratio['forward']:.2f}× | {ratio['routed']:.2f}× | "
-            f"{ratio['row by row']:.1f}× | {run['times_faster_than_row_by_row']:.1f}× | "
-            f"{run['largest_difference']:.0e} |"
+            f"| {row['experts']} | {ratio['soft']:.2f}× | {bound['soft']:.2f}× "
+            f"| {ratio['top-1']:.2f}× | {bound['top-1']:.2f}× | {ratio['uniform']:.2f}× "
+            f"| {ratio['merged']:.2f}× | {max(row['largest_difference'].values()):.0e} |"
         )
-    run = data["runs"][0]
-    layers = " or ".join(dict.fromkeys(str(r["router_layer"]) for r in data["runs"]))
+    plain = next(row for row in line if row["experts"] == headline["experts"])
+    by = {row["experts_are"]: row["ratio"] for row in data["rivals"]["rows"]}
+    full, lora = by["full fine-tunes"], by["LoRA adapters"]
+    fitted = next(row for row in data["routing"]["rows"] if row["fitted"])
     lines += [
         "",
-        f"{run['rows']} rows of {run['experts']} experts, {run['tokens']} tokens, all with soft "
-        f"weights; × one plain forward of the same batch ({run['milliseconds']['plain']:.0f} ms), "
-        f"medians of one run. The router reads layer {layers} of {run['layers']}. "
+        f"× one plain forward of the same batch ({headline['batch']} rows, {headline['tokens']} "
+        f"tokens, {plain['milliseconds']['plain']:.0f} ms), rank {headline['rank']}, medians of "
+        f"calls in turn. Beside it, {headline['experts']} experts: a dense model rebuilt for every "
+        f"row, as the reference code does, {full['dense rebuild row by row, soft']:.1f}×; each row "
+        f"sent to its own plain expert, all held in memory, "
+        f"{full['own plain experts, top-1']:.2f}×; of LoRA adapters, peft's mixed batch "
+        f"{lora['peft adapter_names, top-1']:.2f}×, ours {lora['twin, top-1']:.2f}×. Routing at "
+        f"layer {fitted['layer']} of {fitted['layers']} adds {fitted['added']:.2f}×; routed with "
+        f"`top_k=1` in all {fitted['ratio']['routed, top_k=1']:.2f}×. "
+        f"{_made_by_parts(data, 'grid', 'rivals', 'routing')}",
+    ]
+    return "\n".join(lines)
+
+
+def _made_by_parts(data: dict[str, Any], *parts: str, folder: str = "") -> str:
+    """Of `results/runtime.json`, whose parts may be of several commits."""
+    commits = sorted({data[part]["commit"] for part in parts})
+    made = made_with({**data["provenance"], "commit": ", ".join(commits)})
+    return f"{made}. From [`results/runtime.json`]({folder}results/runtime.json)."
+
+
+def plans() -> str | None:
+    """Each way to run a batch over its number of tokens: where one becomes cheaper."""
+    data = read("runtime")
+    return None if data is None or not data.get("plans", {}).get("rows") else plans_table(data)
+
+
+def plans_table(data: dict[str, Any]) -> str:
+    columns = {
+        "all experts: stacked": ("soft", "stacked"),
+        "one expert: stacked": ("top-1", "stacked"),
+        "one expert: selected": ("top-1", "selected"),
+        "one expert: split": ("top-1", "split"),
+        "one weighting: factors": ("uniform", "stacked"),
+        "one weighting: uniform": ("uniform", "uniform"),
+        "one weighting: merged anew": ("uniform", "merged"),
+    }
+    rows = data["plans"]["rows"]
+    ratio = {(row["weights"], row["tokens"]): row["ratio"] for row in rows}
+    tokens = sorted({row["tokens"] for row in rows})
+    batch, experts = rows[0]["batch"], rows[0]["experts"]
+    lines = [
+        "| tokens in a row | " + " | ".join(columns) + " |",
+        "| ---: |" + " ---: |" * len(columns),
+    ]
+    for each in tokens:
+        found = (ratio.get((weights, each), {}).get(way) for weights, way in columns.values())
+        cells = ["" if value is None else f"{value:.2f}×" for value in found]
+        lines.append(f"| {each} | " + " | ".join(cells) + " |")
+
+    def since(kind: str, way: str, times: int) -> str:
+        """From how many tokens on `way` costs less than stacked factors."""
+        mine = {t: ratio[kind, t] for t in tokens if way in ratio.get((kind, t), {})}
+        won = [times * t for t, found in mine.items() if found[way] < found["stacked"]]
+        lost = [times * t for t in mine if times * t not in won]
+        if not won or not lost:
+            return "everywhere here" if won else "nowhere here"
+        return (
+            f"from {max(lost)} to {min(won)} tokens on"
+            if max(lost) < min(won)
+            else "here and there"
+        )
+
+    merging = rows[0]["predicted_break_even"]
+    rank = data["plans"]["settings"]["headline"]["rank"]
+    lines += [
+        "",
+        f"× one plain forward of the same batch: {batch} rows, {experts} experts, rank {rank}. "
+        f"Merging anew for one batch costs less than its factors "
+        f"{since('uniform', 'merged', batch)}, counted over its rows (arithmetic: {merging:.0f}); "
+        f"selecting less than stacking "
+        f"{since('top-1', 'selected', 1)}, in each row. "
+        f"{_made_by_parts(data, 'plans', folder='../')}",
+    ]
+    return "\n".join(lines)
+
+
+def grouped() -> str | None:
+    """The paper's grouped variant beside the exact mixed batch."""
+    data = read("grouped")
+    return None if data is None else grouped_table(data)
+
+
+def grouped_table(data: dict[str, Any]) -> str:
+    exact = data["ways"][0]
+    lines = [
+        "| | dense merges | routed | known head | same class as exact, % | weight error, mean "
+        "| weight error, most | s per 1,000 rows | × exact |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def seconds(total: float) -> str:
+        return f"{1000 * total / data['rows']:.1f} | {total / exact['seconds']['total']:.2f}"
+
+    plain = data["experts"]["seconds"]
+    lines.append(f"| own plain expert, told which | 0 | | 100.0 | | | | {seconds(plain)} |")
+    for way in data["ways"]:
+        by = way["protocols"]
+        lost = way["loss"]
+        name, merges, error = "exact: each row its own weights", "0", "100.0 | 0 | 0"
+        if lost is not None:
+            what = " by logits" if way["by"] == "logits" else ""
+            name, merges = f"grouped{what}, {way['groups']} in a bin", str(lost["merges"])
+            error = (
+                f"{percent(lost['agreement'])} | {lost['weight_error_mean']:.4f} | "
+                f"{lost['weight_error_largest']:.3f}"
+            )
+        lines.append(
+            f"| {name} | {merges} | {percent(by['routed']['normalised'])} | "
+            f"{percent(by['known-head']['normalised'])} | {error} | "
+            f"{seconds(way['seconds']['total'])} |"
+        )
+    settings = data["settings"]
+    of = settings["title"] or f"{len(settings['experts'])} experts"
+    lines += [
+        "",
+        f"Normalised scores in %, {data['rows']:,} {settings['split']} rows of all tasks as one "
+        f"mixed set, {of}, rank {settings['rank']}, seed {settings['seed']}, one run of each way. "
+        "The error is the distance between a row's weights and its group's. "
         f"{made_with(data['provenance'])}. From "
-        "[`results/mixed_batch.json`](results/mixed_batch.json).",
+        "[`results/grouped.json`](../results/grouped.json).",
     ]
     return "\n".join(lines)
 
@@ -301,6 +422,8 @@ TABLES = {
     "quality": quality,
     "per-task": per_task,
     "speed": speed,
+    "plans": plans,
+    "grouped": grouped,
     "building": building,
     "svd": svd,
     "lora": lora,
@@ -318,7 +441,8 @@ def filled(text: str) -> str:
 
 def main() -> int:
     stale = 0
-    for page in (ROOT / "README.md", LORA / "README.md"):
+    pages = ("README.md", "docs/running.md", "docs/grouped.md", "examples/glue-lora/README.md")
+    for page in (ROOT / name for name in pages):
         before = page.read_text(encoding="utf-8")
         after = filled(before)
         if before != after:

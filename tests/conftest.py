@@ -15,21 +15,30 @@ torch.set_num_threads(1)
 
 
 SLOW = {
+    "test_batch_norm.py",
     "test_big_sources.py",
     "test_budget.py",
     "test_build.py",
+    "test_compile.py",
+    "test_conformance_plans.py",
+    "test_devices.py",
     "test_divide.py",
     "test_doctor.py",
     "test_evaluation.py",
     "test_exclusive_forms.py",
+    "test_generation.py",
+    "test_grouped.py",
+    "test_half_precision.py",
     "test_mergekit_parity.py",
     "test_method_docs.py",
+    "test_pipelines.py",
     "test_resume.py",
+    "test_saving.py",
     "test_settings.py",
     "test_shared.py",
     "test_storage_conformance.py",
 }
-"""Files of builds by the dozen, or of hundreds of cases: minutes together."""
+"""Files of builds or models by the dozen, or of hundreds of cases: minutes together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -319,9 +319,40 @@ def test_a_prompt_is_cut_to_what_new_tokens_leave_of_the_positions(call, fails, 
     assert message in fails(*words, 40, stdin=stdin)
 
 
+@pytest.mark.parametrize("which", ["bench", "causal_bench"])
+def test_top_k_and_threshold_restrict_the_weights_and_say_what_they_dropped(which, call, request):
+    artifact = request.getfixturevalue(which).routed
+    stdin = "".join(json.dumps(as_row(text)) + "\n" for text in mixed(2)).encode()
+    words = ("run", artifact, "--max-new-tokens", 3)
+    whole = call(*words, stdin=stdin).lines
+    assert not any("dropped" in line for line in whole)
+    for option, kept in (
+        (("--top-k", 1), lambda row: [max(row)]),
+        (("--top-k", 2), lambda row: sorted(row)[-2:]),
+        (("--threshold", 0.3), lambda row: [weight for weight in row if weight >= 0.3]),
+    ):
+        for before, line in zip(whole, call(*words, *option, stdin=stdin).lines, strict=True):
+            weights = list(before["weights"].values())
+            assert sorted(line["weights"].values()) == pytest.approx(sorted(kept(weights)))
+            lost = sum(weights) - sum(kept(weights))
+            assert line["dropped"] == pytest.approx(lost, abs=2e-3)
+            assert line["expert"] == before["expert"]
+
+
+def test_a_row_whose_weights_are_all_dropped_runs_as_the_shared_expert(call, bench):
+    (line,) = call("run", bench.routed, "--threshold", 0.99999, stdin=b"math1 the1\n").lines
+    assert line["weights"] == {} and line["weight"] == 0 and line["dropped"] == pytest.approx(1)
+    inputs = bench.model.tokenizer("math1 the1", return_tensors="pt")
+    zeros = [0.0] * len(EXPERTS)
+    shared = bench.model(**inputs, weights=zeros, head=line["expert"])
+    (want,) = bench.model.answers(shared)
+    assert line["answer"] == (want.label or pytest.approx(want.score, abs=1e-3))
+
+
 @pytest.mark.parametrize(
     ("words", "stdin", "message"),
     [
+        (("--threshold", "1"), b"a\n", "threshold=1.0: expected a weight from 0 to below 1"),
         (("--task", "lew"), b"a\n", "'lew': no such expert. Did you mean 'law'?"),
         ((), b"", "standard input: no rows to answer"),
         ((), b"a\tb\tc\n", "standard input, line 1: expected one text, or two"),
@@ -390,6 +421,24 @@ def test_eval_normalises_by_the_experts_themselves(call, bench, monkeypatch):
     assert report["tasks"]["math"]["expert"] == pytest.approx(10 / 12)
     ratios = [task["score"] / task["expert"] for task in report["tasks"].values()]
     assert report["normalised"] == pytest.approx(sum(ratios) / 3)
+
+
+def test_eval_restricts_routed_weights_and_records_it(call, bench):
+    protocols = [word for p in ("routed", "known-head", "oracle") for word in ("--protocol", p)]
+    words = ("eval", bench.routed, bench.data, "--rows", 6, *protocols)
+    plain = call(*words, "--json").json["reports"]
+    routed, known, oracle = call(*words, "--top-k", 1, "--threshold", 0.2, "--json").json["reports"]
+    for report in (routed, known):
+        assert report["top_k"] == 1 and report["threshold"] == 0.2
+        assert all(0 < task["dropped"] < 0.67 for task in report["tasks"].values())
+    for report in (*plain, oracle):  # nothing that could be dropped, nothing recorded
+        assert not {"top_k", "threshold"} & set(report)
+        assert not any("dropped" in task for task in report["tasks"].values())
+    assert [r["routing_accuracy"] for r in (routed, known, oracle)] == [
+        r["routing_accuracy"] for r in plain
+    ]
+    said = call(*words, "--top-k", 1).out
+    assert said.count("top_k 1: ") == 2 and "of a row's weight dropped on average" in said
 
 
 def test_eval_prints_a_table_for_people(call, bench, monkeypatch):
@@ -471,12 +520,16 @@ def test_every_command_explains_itself(command, call):
     assert done.code == 0 and "Usage" in done.out and len(done.out.splitlines()) > 8
 
 
-@pytest.mark.parametrize("words", [("mrege",), ("merge",), ("run", "x", "--batch-size", "0")])
+@pytest.mark.parametrize(
+    "words",
+    [("mrege",), ("merge",), ("run", "x", "--batch-size", "0"), ("run", "x", "--top-k", "0")],
+)
 def test_a_line_that_cannot_be_parsed_ends_with_usage_and_no_traceback(words, call):
     done = call(*words)
     assert done.code == 2 and "Usage" in done.err and "Traceback" not in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_installed_program_keeps_progress_off_stdout_and_tracebacks_away(bench):
     """In processes of their own, as a shell calls it."""

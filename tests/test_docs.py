@@ -1,7 +1,7 @@
 """The documents are true: their blocks run, their links lead somewhere, their tables are complete.
 
-Blocks of quickstart.md and building.md run in order, each page in a folder of tiny checkpoints. The
-comment above a block says what it is for:
+Blocks of quickstart.md, building.md and running.md run in order, each page in a folder of tiny
+checkpoints. The comment above a block says what it is for:
 
     (none)            console, bash: commands after `$ `; python: run, all in one namespace
     file: NAME        written to NAME first
@@ -234,7 +234,10 @@ def run_console(page: str, block: Block, monkeypatch, capsys) -> None:
         assert is_shown(command.shown, text), f"{where}: other output came\n{text}"
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "building.md"])
+LONG = [pytest.param(page, marks=pytest.mark.slow) for page in ("building.md", "running.md")]
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", *LONG])
 def test_every_block_of_the_page_runs(page, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setenv("COLUMNS", "160")

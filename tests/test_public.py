@@ -20,7 +20,7 @@ MODULES = {
     ): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-EXTRAS = ("sklearn", "scipy", "peft", "matplotlib", "mergekit")
+EXTRAS = ("sklearn", "scipy", "peft", "matplotlib", "mergekit", "accelerate")
 BLOCK = f"""
 import importlib.util, sys
 

@@ -468,6 +468,7 @@ def test_a_fit_writes_in_the_steps_that_the_next_test_kills(artifact, bench, mon
     assert len(steps) == STEPS and not [p for p in artifact.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(STEPS))
 @pytest.mark.parametrize("had_one", [False, True], ids=["first", "second"])
 def test_a_fit_killed_between_steps_leaves_a_valid_artifact(

@@ -1,8 +1,8 @@
 """Tiny real checkpoints: two blocks, width 16, made and saved by transformers and peft themselves.
 
-A family is one architecture as a user holds it: a base folder and three experts tuned from it.
-Every float parameter of an expert differs from the base's, norms and biases too, so that a tensor
-that some layer forgets shows up in the outputs.
+A family (see `families`) is one architecture as a user holds it: a base folder and three experts
+tuned from it. Every float tensor of an expert differs from the base's, norms, biases and running
+statistics too, so that a tensor that some layer forgets shows up in the outputs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
 import torch
 import transformers as tf
+from families import BERT as BERT
+from families import EVERY, VOCABULARY, Family
+from families import FAMILIES as FAMILIES
+from families import GQA as GQA
+from families import LLAMA as LLAMA
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,86 +31,6 @@ from twinmerge.merging.build import build
 from twinmerge.recipe import Recipe
 
 EXPERTS = ("math", "code", "law")
-TEXT = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-BERT = TEXT | dict(intermediate_size=24, max_position_embeddings=14, initializer_range=0.2)
-LLAMA = TEXT | dict(
-    intermediate_size=24, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2
-)
-DISTILBERT = dict(
-    vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, initializer_range=0.2
-)
-GPT2 = dict(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
-VIT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-VIT |= dict(image_size=8, patch_size=4, initializer_range=0.2)
-GQA = dict(num_key_value_heads=1, head_dim=8)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to make one architecture's base and experts."""
-
-    base: Any
-    task: Any
-    config: Any
-    sizes: dict[str, Any]
-    heads: tuple[int, ...] | None = None
-    """Outputs of each expert's own head; None where the base has the head too."""
-    expert_sizes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def causal(self) -> bool:
-        return "CausalLM" in self.task.__name__ or "LMHead" in self.task.__name__
-
-    @property
-    def image(self) -> bool:
-        return self.config is tf.ViTConfig
-
-
-FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        tf.BertModel, tf.BertForSequenceClassification, tf.BertConfig, BERT, heads=(2, 3, 1)
-    ),
-    "bert tokens": Family(
-        tf.BertModel, tf.BertForTokenClassification, tf.BertConfig, BERT, heads=(2, 3, 5)
-    ),
-    "roberta": Family(
-        tf.RobertaModel,
-        tf.RobertaForSequenceClassification,
-        tf.RobertaConfig,
-        BERT | dict(pad_token_id=1, type_vocab_size=1),
-        heads=(2, 3, 1),
-    ),
-    "distilbert": Family(
-        tf.DistilBertModel,
-        tf.DistilBertForSequenceClassification,
-        tf.DistilBertConfig,
-        DISTILBERT,
-        heads=(2, 3, 1),
-    ),
-    "vit": Family(tf.ViTModel, tf.ViTForImageClassification, tf.ViTConfig, VIT, heads=(2, 3, 4)),
-    "llama": Family(tf.LlamaForCausalLM, tf.LlamaForCausalLM, tf.LlamaConfig, LLAMA | GQA),
-    "llama tied": Family(
-        tf.LlamaForCausalLM,
-        tf.LlamaForCausalLM,
-        tf.LlamaConfig,
-        LLAMA | dict(tie_word_embeddings=True),
-    ),
-    "llama classifier": Family(
-        tf.LlamaForCausalLM,
-        tf.LlamaForSequenceClassification,
-        tf.LlamaConfig,
-        LLAMA,
-        heads=(2, 3, 1),
-    ),
-    "gpt2": Family(
-        tf.GPT2LMHeadModel,
-        tf.GPT2LMHeadModel,
-        tf.GPT2Config,
-        GPT2 | dict(bos_token_id=1, eos_token_id=2, pad_token_id=0),
-    ),
-    "qwen3": Family(tf.Qwen3ForCausalLM, tf.Qwen3ForCausalLM, tf.Qwen3Config, LLAMA | GQA),
-    "gemma": Family(tf.GemmaForCausalLM, tf.GemmaForCausalLM, tf.GemmaConfig, LLAMA | GQA),
-}
 
 
 @dataclass(frozen=True)
@@ -155,22 +81,37 @@ def made(family: Family, folder: Path, experts: Iterable[str] = EXPERTS, scale=0
 
 
 def inherit(model: Any, base: Any) -> None:
-    """Copy every parameter that `base` has too, with or without the base model's prefix."""
-    theirs = dict(base.named_parameters())
+    """Copy every tensor that `base` has too, with or without the base model's prefix."""
+    theirs = base.state_dict()
     prefix = f"{model.base_model_prefix}."
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in model.state_dict().items():
             for other in (name, name.removeprefix(prefix), prefix + name):
-                if other in theirs and theirs[other].shape == parameter.shape:
-                    parameter.copy_(theirs[other])
+                if other in theirs and theirs[other].shape == tensor.shape:
+                    tensor.copy_(theirs[other])
 
 
 def perturb(model: Any, scale: float, seed: str) -> None:
-    """Add normal noise to every float parameter, from seed and name alone."""
+    """Add normal noise to every float tensor, from seed and name alone.
+
+    Running variances are multiplied by e to the power of it, so they stay positive; how many
+    batches they were taken from becomes another number.
+    """
+    tied = {name for name, _ in model.named_parameters()}
+    buffers = dict(model.named_buffers())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            draw = torch.Generator().manual_seed(crc32(f"{seed}/{name}".encode()))
-            parameter.add_(scale * torch.randn(parameter.shape, generator=draw).to(parameter.dtype))
+        for name, tensor in model.state_dict().items():
+            if name not in tied and name not in buffers:
+                continue  # the second name of a tensor
+            digest = crc32(f"{seed}/{name}".encode())
+            draw = torch.Generator().manual_seed(digest)
+            noise = scale * torch.randn(tensor.shape, generator=draw).to(tensor)
+            if not tensor.is_floating_point():
+                tensor.fill_(digest % 1000)
+            elif name.endswith("running_var"):
+                tensor.mul_((4 * noise).exp())
+            else:
+                tensor.add_(noise)
 
 
 def save(model: Any, folder: Path | str, **options: Any) -> str:
@@ -260,23 +201,86 @@ def plain_model(made: Made, artifact: Path, weights: Iterable[float], head: str,
     return opened(made.family.task, folder)
 
 
-def batch_of(family: Family, rows: int = 4, length: int = 7, seed: int = 0, pad: str = "right"):
+def batch_of(
+    family: Family, rows: int = 4, length: int = 7, seed: int = 0, pad: str = "right"
+) -> dict[str, Tensor]:
     """Inputs of `rows` rows, of which all but the first are padded (images are not)."""
     draw = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Tensor] = {}
     if family.image:
-        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=draw)}
+        shape = (rows, 3, family.image_size, family.image_size)
+        inputs["pixel_values"] = torch.randn(shape, generator=draw)
+    if not family.text:
+        return inputs
     padding = family.sizes.get("pad_token_id") or 0
-    ids = torch.randint(3, 40, (rows, length), generator=draw)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=draw)
     mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        short = 1 + row % 3
+    for row in range(rows):
+        short = 1 + row % 3 if row else 0
         where = slice(length - short, None) if pad == "right" else slice(0, short)
         ids[row, where], mask[row, where] = padding, 0
-    return {"input_ids": ids, "attention_mask": mask}
+        if family.ends is not None:
+            ids[row, mask[row].nonzero()[-1]] = family.ends
+    inputs |= {"input_ids": ids, "attention_mask": mask}
+    if family.decoder and family.generates:  # classifiers give the decoder the same text
+        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, 4), generator=draw)
+    return inputs
+
+
+def prompt_of(family: Family, rows: int = 3, seed: int = 5) -> dict[str, Tensor]:
+    """Inputs to generate from. Decoders' are padded on the left; encoders number positions from
+    the left, so theirs are not."""
+    inputs = batch_of(family, rows=rows, seed=seed, pad="right" if family.decoder else "left")
+    inputs.pop("decoder_input_ids", None)
+    return inputs
+
+
+_OUTPUTS = (
+    *("logits", "start_logits", "end_logits", "text_embeds", "image_embeds"),
+    *("last_hidden_state", "pooler_output"),
+)
+
+
+def outputs(output: Any) -> dict[str, Tensor]:
+    """What a model answers, by name: what the tests compare."""
+    inner = getattr(output, "model_output", None)
+    found = {name: getattr(output, name, None) for name in _OUTPUTS}
+    for name, value in found.items():
+        found[name] = getattr(inner, name, None) if value is None else value
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def row(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
     return {name: value[index : index + 1] for name, value in inputs.items()}
+
+
+class Towers:
+    """A model of two towers (CLIP), asked tower by tower: its forward compares every text with
+    every image, which is refused for rows of other weights."""
+
+    def __init__(self, twin: Any) -> None:
+        self.__dict__["twin"] = twin
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["twin"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.twin, name, value)
+
+    def __call__(self, pixel_values: Tensor, plan: str = "auto", **text: Any) -> Any:
+        texts = self.twin.get_text_features(plan=plan, **text)
+        # Images run with what the texts run with.
+        given = {"weights": texts.weights, "head": [EXPERTS[i] for i in texts.expert]}
+        images = self.twin.get_image_features(pixel_values=pixel_values, plan=plan, **given)
+        embeds = (found.pooler_output for found in (texts, images))
+        text_embeds, image_embeds = (x / x.norm(p=2, dim=-1, keepdim=True) for x in embeds)
+        inner = SimpleNamespace(text_embeds=text_embeds, image_embeds=image_embeds)
+        told = {name: getattr(texts, name) for name in ("weights", "expert", "dropped", "plan")}
+        return SimpleNamespace(model_output=inner, **told)
+
+
+def by_towers(twin: Any) -> Any:
+    return Towers(twin) if hasattr(twin.model, "get_text_features") else twin
 
 
 class Zoo:
@@ -288,11 +292,20 @@ class Zoo:
         self._artifacts: dict[tuple[str, str], Path] = {}
         self._twins: dict[tuple[str, str], Any] = {}
         self._plain: dict[Any, Any] = {}
+        self._experts: dict[tuple[str, str], Any] = {}
 
     def made(self, name: str) -> Made:
         if name not in self._made:
-            self._made[name] = made(FAMILIES[name], self.folder / name.replace(" ", "-"))
+            self._made[name] = made(EVERY[name], self.folder / name.replace(" ", "-"))
         return self._made[name]
+
+    def expert(self, name: str, expert: str) -> Any:
+        """The expert as transformers itself opens it."""
+        key = name, expert
+        if key not in self._experts:
+            # Gradients would choose another kernel, with other bits, than a model without has.
+            self._experts[key] = self.made(name).expert(expert).requires_grad_(False)
+        return self._experts[key]
 
     def artifact(self, name: str, rank: Any = "full") -> Path:
         """Built by averaging, cut to `rank`. Read it, never write to it."""
@@ -309,7 +322,7 @@ class Zoo:
 
         key = name, str(rank)
         if key not in self._twins:
-            self._twins[key] = load(self.artifact(name, rank))
+            self._twins[key] = by_towers(load(self.artifact(name, rank)))
         return self._twins[key]
 
     def plain(self, name: str, rank: Any, weights: Iterable[float], head: str) -> Any:
@@ -318,5 +331,6 @@ class Zoo:
         if key not in self._plain:
             folder = self.folder / "dense" / str(len(self._plain))
             artifact = self.artifact(name, rank)
-            self._plain[key] = plain_model(self.made(name), artifact, key[2], head, folder)
+            plain = plain_model(self.made(name), artifact, key[2], head, folder)
+            self._plain[key] = plain.requires_grad_(False)
         return self._plain[key]

@@ -216,6 +216,26 @@ class Checkpoint:
                 sizes.add(self.info(name).shape[0])
         return {size for size in sizes if isinstance(size, int)}
 
+    def running(self) -> set[str]:
+        """What batch norms keep of the batches they saw: means, variances, counts of batches.
+
+        Known by names and shapes: beside each other `running_mean` and `running_var`, float vectors
+        of one shape, and mostly an integer `num_batches_tracked`.
+        """
+        names, found = set(self.names()), set()
+        for mean in names:
+            module, _, leaf = mean.rpartition("running_mean")
+            variance, count = f"{module}running_var", f"{module}num_batches_tracked"
+            if leaf or (module and not module.endswith(".")) or variance not in names:
+                continue
+            info = self.info(mean)
+            vector = len(info.shape) == 1 and info.dtype.is_floating_point
+            if vector and self.info(variance) == info:
+                found |= {mean, variance}
+                if count in names and not self.info(count).dtype.is_floating_point:
+                    found.add(count)
+        return found
+
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same bits. Reads up to the first that differs."""
         return self.info(one) == self.info(other) and same_bits(self.read(one), self.read(other))

@@ -1,7 +1,8 @@
 """Rows of text that others wrote: JSON lines, plain lines, and folders of tasks.
 
-A row is a JSON object; its text is one column or a pair of columns. A folder of tasks holds, for
-every expert, `<expert>/<split>.jsonl` or `<expert>.jsonl` (also gzipped).
+A row is a JSON object; its text is one column, a pair of columns, or a chat (`messages`), which the
+tokenizer's template turns into tokens. A folder of tasks holds, for every expert,
+`<expert>/<split>.jsonl` or `<expert>.jsonl` (also gzipped).
 """
 
 from __future__ import annotations
@@ -22,6 +23,25 @@ from .errors import InputError, did_you_mean
 
 Text = tuple[str, ...]
 """One text, or a pair."""
+
+MESSAGES = "messages"
+"""The column that holds a chat, as public data sets and servers name it."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat that waits for its answer; see `chat_of`."""
+
+    messages: tuple[dict[str, Any], ...]
+    """Each with `role` and `content`, the oldest first."""
+    tools: tuple[Any, ...] = ()
+    """What the model may call, for templates that say so."""
+
+    @property
+    def text(self) -> Text:
+        """What was said, without roles."""
+        return tuple(str(message["content"]) for message in self.messages)
+
 
 COLUMNS: tuple[Text, ...] = (
     ("text", "text_pair"),
@@ -50,6 +70,7 @@ class Tokenizer(Protocol):
     eos_token: Any
 
     def __call__(self, text: Any, /, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, /, **options: Any) -> Any: ...
     def pad(self, encoded: Any, **options: Any) -> Any: ...
 
 
@@ -99,22 +120,48 @@ def parse_inputs(lines: Iterable[str], where: str = "input") -> list[dict[str, A
     return rows
 
 
-def text_of(row: dict[str, Any], columns: Sequence[str] | None = None) -> Text:
-    """The text or pair of a row. Raises `InputError` if no known column is there."""
+def text_of(row: dict[str, Any], columns: Sequence[str] | None = None) -> Text | Chat:
+    """The text, pair or chat of a row. Raises `InputError` if no known column is there."""
     if columns is not None and not 1 <= len(columns) <= 2:
         raise InputError(
             f"--columns: expected one column, or two for a pair, got {len(columns)}: "
             f"{', '.join(columns) or 'none'}."
         )
+    if list(columns or [MESSAGES]) == [MESSAGES] and isinstance(row.get(MESSAGES), list):
+        return chat_of(row[MESSAGES], row.get("tools") or ())
     for names in [tuple(columns)] if columns else COLUMNS:
         if all(isinstance(row.get(name), str) for name in names):
             return tuple(row[name] for name in names)
     known = ", ".join("+".join(names) for names in COLUMNS)
-    wanted = "+".join(columns) if columns else f"one of {known}"
+    wanted = "+".join(columns) if columns else f"one of {known}, or a chat in {MESSAGES}"
     raise InputError(
         f"a row has the columns {', '.join(map(str, row)) or '(none)'}; expected text in {wanted}. "
         "Name yours with --columns."
     )
+
+
+def chat_of(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Chat:
+    """The chat up to the last message that is not the model's own: that is what is answered.
+
+    Replies at the end, as data sets for training have them, are left out: a router must see what
+    it will see later. Raises `InputError` for anything but messages with a role and a content.
+    """
+    for place, message in enumerate(messages):
+        known = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not known or "content" not in message:
+            raise InputError(
+                f"{MESSAGES}[{place}]: expected an object such as "
+                f'{{"role": "user", "content": "..."}}, got {message!r:.80}.'
+            )
+    asked = list(messages)
+    while asked and asked[-1]["role"] == "assistant":
+        asked.pop()
+    if not asked:
+        raise InputError(
+            f"{MESSAGES}: expected a message to answer, got {len(messages)} from the assistant "
+            "alone. Add the user's."
+        )
+    return Chat(tuple(asked), tuple(tools))
 
 
 def task_files(folder: Path, split: str) -> dict[str, Path]:
@@ -180,15 +227,22 @@ class Encoded:
         return len(self.rows)
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[Text], max_tokens: int) -> Encoded:
-    """Tokenize single texts and pairs, mixed; longer ones are cut to `max_tokens` and counted."""
+def encode(tokenizer: Tokenizer, texts: Sequence[Text | Chat], max_tokens: int) -> Encoded:
+    """Tokenize texts, pairs and chats, mixed; longer ones are cut to `max_tokens` and counted.
+
+    Of a chat the oldest turns are cut, see `encode_chat`.
+    """
     rows: list[dict[str, list[int]]] = [{} for _ in texts]
     was_cut = [False] * len(texts)
+    for i, text in enumerate(texts):
+        if isinstance(text, Chat):
+            rows[i], was_cut[i] = encode_chat(tokenizer, text, max_tokens)
     for size in (1, 2):
-        chosen = [i for i, text in enumerate(texts) if len(text) == size]
-        if not chosen:
+        same = [(i, t) for i, t in enumerate(texts) if not isinstance(t, Chat) and len(t) == size]
+        if not same:
             continue
-        columns = [[texts[i][column] for i in chosen] for column in range(size)]
+        chosen = [i for i, _ in same]
+        columns = [[text[column] for _, text in same] for column in range(size)]
         # Token ids beyond the limit only serve to count what is cut; no warning is due for them.
         full = tokenizer(*columns, truncation=False, verbose=False)
         cut = tokenizer(*columns, truncation=True, max_length=max_tokens)
@@ -201,6 +255,41 @@ def encode(tokenizer: Tokenizer, texts: Sequence[Text], max_tokens: int) -> Enco
                     "around a text. Allow more."
                 )
     return Encoded(rows, was_cut)
+
+
+def encode_chat(
+    tokenizer: Tokenizer, chat: Chat, max_tokens: int
+) -> tuple[dict[str, list[int]], bool]:
+    """Tokens of a chat by the tokenizer's template, up to where the answer begins.
+
+    One that is too long loses its oldest turns after the system's message, and true is returned
+    with it. Raises `InputError` if the last turn alone is too long, or without a template.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            f"a row holds a chat ({MESSAGES}), but the tokenizer has no chat template. Give the "
+            "text as the model was trained to see it, or put a chat_template.jinja into the folder."
+        )
+    fixed = [m for m in chat.messages[:1] if m["role"] == "system"]
+    turns, cut = list(chat.messages[len(fixed) :]), False
+    while True:
+        row = tokenizer.apply_chat_template(
+            [*fixed, *turns],
+            tools=list(chat.tools) or None,
+            add_generation_prompt=True,
+            return_dict=True,
+        )
+        count = len(row["input_ids"])
+        if count <= max_tokens:
+            return {key: row[key] for key in row}, cut
+        # From one message of the user to the next: templates want the roles to alternate.
+        users = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
+        if not users:
+            raise InputError(
+                f"--max-tokens {max_tokens}: the last turn of a chat alone has {count} tokens. "
+                "Allow more, or shorten it."
+            )
+        turns, cut = turns[users[0] :], True
 
 
 def batches(

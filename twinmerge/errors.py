@@ -14,7 +14,7 @@
     │   ├── UnsupportedFormat    written by a version that we do not know
     │   ├── CorruptArtifact      a digest or size differs from the manifest, or a file is missing
     │   └── RouterError          no router yet, or one fitted for other experts
-    ├── UnsupportedModel         a layer that cannot be run exactly with weights per row
+    ├── UnsupportedModel         a running model cannot mix what the experts differ in exactly
     ├── InputError               an argument or a row of data that we cannot use
     └── MissingExtra             an optional dependency is needed
 
@@ -80,7 +80,7 @@ class RouterError(ArtifactError):
 
 
 class UnsupportedModel(TwinMergeError):
-    """A layer that cannot be run exactly with different weights per row."""
+    """The experts differ in something that a running model cannot mix exactly."""
 
 
 class InputError(TwinMergeError):

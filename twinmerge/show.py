@@ -252,3 +252,8 @@ def eval_text(result: dict[str, Any]) -> None:
             + ("" if normalised is None else f", normalised {100 * normalised:.1f}")
             + f", {report['seconds_per_1000_rows']:.1f} s per 1,000 rows"
         )
+        given = [f"{name} {report[name]}" for name in ("top_k", "threshold") if name in report]
+        if given:
+            total = sum(task["rows"] for task in report["tasks"].values())
+            lost = sum(task["dropped"] * task["rows"] for task in report["tasks"].values()) / total
+            typer.echo(f"{', '.join(given)}: {lost:.1%} of a row's weight dropped on average")

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twinmerge import build, fit_router, load, load_recipe
-from twinmerge.data import encode, pad, read_rows, read_tasks, text_of
+from twinmerge.data import Chat, encode, pad, read_rows, read_tasks, text_of
 
 HERE = Path(__file__).parent
 
@@ -83,6 +83,8 @@ def main(
     routed = answered = 0
     by_task: Counter[str] = Counter()
     for row, answer in zip(new, model.answers(output), strict=True):
+        text = text_of(row)
+        assert not isinstance(text, Chat), "the example's rows are sentences"
         hit = answer.expert == row["task"]
         given = answer.score if answer.label is None else answer.label
         good = hit and right(given, row["label"], model.labels[row["task"]])
@@ -91,7 +93,7 @@ def main(
         shown = f"{given:.1f} of 5" if isinstance(given, float) else str(given)
         table.add_row(
             "✓" if good else "·",
-            " | ".join(text_of(row)),
+            " | ".join(text),
             answer.expert,
             f"{answer.weight:.2f}",
             shown,

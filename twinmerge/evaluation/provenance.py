@@ -45,7 +45,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -11,9 +11,10 @@ from ..checkpoint import Checkpoint, open_expert
 from ..data import batches
 from ..errors import CheckpointError, RecipeError
 from ..recipe import Recipe
-from ..runtime.attach import parameter_names
+from ..runtime.attach import named_tensors
 from ..runtime.load import model_class, quiet, task_config
 from ..runtime.model import TwinModel
+from ..runtime.names import Place, places
 from .metrics import metric
 from .score import Prepared, TaskScore, guesses_of
 
@@ -42,14 +43,15 @@ def expert_model(
         cls = model_class(model.manifest)
         with quiet():
             plain = cls.from_config(config) if cls.__name__.startswith("Auto") else cls(config)
-        known = dict(plain.named_parameters(remove_duplicate=False))
-        names = parameter_names(plain, plain.base_model_prefix, expert.names())
-        names |= {head: head for head in expert.head_names() if head in known}
+        known = dict(named_tensors(plain))
+        shapes = {own: expert.info(own).shape for own in expert.names()}
+        found = places(plain, plain.base_model_prefix, shapes)
+        found |= {head: Place(head) for head in expert.head_names() if head in known}
         with torch.no_grad():
-            for own, parameter in names.items():
-                known[parameter].copy_(expert.read(own))
-        filled = {id(known[parameter]) for parameter in names.values()}
-        lacking = [n for n, p in known.items() if id(p) not in filled]
+            for own, place in found.items():
+                known[place.parameter][place.index].copy_(expert.read(own))
+        filled = {id(known[place.parameter]) for place in found.values()}
+        lacking = [n for n, p in plain.named_parameters() if id(p) not in filled]
         if lacking:
             raise CheckpointError(
                 f"expert '{name}': its checkpoint has nothing for {', '.join(lacking[:3])}."

@@ -46,6 +46,8 @@ class TaskScore:
     truncated: int
     """Rows cut to the token limit."""
     seconds: float
+    dropped: float | None = None
+    """Weight that `top_k` and `threshold` left out, mean over rows; None if neither was given."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Report:
     tasks: dict[str, TaskScore]
     reference: dict[str, float] | None = None
     """The experts' own scores on the same rows."""
+    top_k: int | None = None
+    threshold: float | None = None
+    """What restricted the routed weights, as in `TwinModel.forward`."""
 
     @property
     def mean(self) -> float:
@@ -86,14 +91,17 @@ class Report:
         return 1000 * sum(task.seconds for task in self.tasks.values()) / rows
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON. What was not given (`top_k`, `threshold`, the experts' scores) is no key."""
+        given = {"top_k": self.top_k, "threshold": self.threshold}
         return {
             "protocol": self.protocol,
+            **{name: value for name, value in given.items() if value is not None},
             "mean": self.mean,
             "normalised": self.normalised(),
             "routing_accuracy": self.routing_accuracy,
             "seconds_per_1000_rows": self.seconds_per_1000,
             "tasks": {
-                name: asdict(task)
+                name: {k: v for k, v in asdict(task).items() if k != "dropped" or v is not None}
                 | ({"expert": self.reference[name]} if self.reference is not None else {})
                 for name, task in self.tasks.items()
             },
@@ -171,14 +179,17 @@ def evaluate(
     batch_size: int = 32,
     max_tokens: int | None = None,
     columns: Sequence[str] | None = None,
+    top_k: int | None = None,
+    threshold: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Score every task of `rows` (task name -> rows with text and `label`) under `protocol`.
 
     A row that another task's head answered has no answer to its own question. In a classification
     it counts as wrong, also where the class numbers happen to agree; in a regression it gets the
-    mean of the values that the right head gave, so it tells nothing. Raises `InputError` for bad
-    rows or an unknown protocol.
+    mean of the values that the right head gave, so it tells nothing. `top_k` and `threshold` drop
+    small weights where the router decides (`routed`, `known-head`); other protocols have none to
+    drop. Raises `InputError` for bad rows or an unknown protocol.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
@@ -190,22 +201,24 @@ def evaluate(
         prepared |= prepare(model, raw, max_tokens=max_tokens, columns=columns)  # type: ignore[arg-type]
     prepared |= {name: value for name, value in rows.items() if isinstance(value, Prepared)}
     scores: dict[str, TaskScore] = {}
+    how = _Protocol(protocol, top_k, threshold)
     done, total = 0, sum(len(task.encoded) for task in prepared.values())
     for name, task in prepared.items():
         if progress:
             progress(name, done, total)
-        scores[name] = _score(model, name, task, protocol, batch_size)
+        scores[name] = _score(model, name, task, how, batch_size)
         done += len(task.encoded)
     if progress:
         progress("", total, total)
     kept = None if reference is None else {name: float(reference[name]) for name in scores}
-    return Report(protocol, scores, kept)
+    return Report(protocol, scores, kept, **how.restricted)
 
 
 def _score(
-    model: TwinModel, name: str, task: Prepared, protocol: Protocol, batch_size: int
+    model: TwinModel, name: str, task: Prepared, how: _Protocol, batch_size: int
 ) -> TaskScore:
     guesses: list[float | None] = [None] * len(task.encoded)
+    dropped: float | None = None
     routed_right = 0
     own = model.experts.index(name)
     names = model.labels[name]
@@ -213,36 +226,55 @@ def _score(
     for indices, batch in batches(model.tokenizer, task.encoded, batch_size):
         batch = {key: value.to(model.device) for key, value in batch.items()}
         started = time.perf_counter()
-        output = model(**batch, **_how(model, name, protocol))
+        output = model(**batch, **how.options(model, name))
         seconds += time.perf_counter() - started
         assert output.logits is not None and output.expert is not None
         assert output.weights is not None
-        routed_right += int((output.weights.argmax(dim=-1) == own).sum())
+        # A threshold may have dropped all of a row's weights: then none is the highest.
+        highest = (output.weights.argmax(dim=-1) == own) & (output.weights[:, own] > 0)
+        routed_right += int(highest.sum())
+        if output.dropped is not None:
+            dropped = (dropped or 0.0) + float(output.dropped.sum())
         for index, chosen, guess in zip(
             indices, output.expert.tolist(), guesses_of(output.logits, names), strict=True
         ):
             guesses[index] = guess if chosen == own else None
     filled = _fill(guesses, regression=names is None)
     score = metric(task.task.metric)(task.truth, filled)
-    was_routed = protocol in ("routed", "known-head")
     return TaskScore(
         score=score,
         metric=task.task.metric,
         rows=len(task.encoded),
-        routing_accuracy=routed_right / len(task.encoded) if was_routed else None,
+        routing_accuracy=routed_right / len(task.encoded) if how.routes else None,
         truncated=task.encoded.truncated,
         seconds=seconds,
+        dropped=None if dropped is None else dropped / len(task.encoded),
     )
 
 
-def _how(model: TwinModel, name: str, protocol: Protocol) -> dict[str, Any]:
-    if protocol == "oracle":
-        return {"task": name}
-    if protocol == "known-head":
-        return {"head": name}
-    if protocol == "shared":
-        return {"weights": [0.0] * len(model.experts), "head": name}
-    return {}
+@dataclass(frozen=True)
+class _Protocol:
+    """A protocol and what restricts its routed weights."""
+
+    name: Protocol
+    top_k: int | None
+    threshold: float | None
+
+    @property
+    def routes(self) -> bool:
+        return self.name in ("routed", "known-head")
+
+    @property
+    def restricted(self) -> dict[str, Any]:
+        return {"top_k": self.top_k, "threshold": self.threshold} if self.routes else {}
+
+    def options(self, model: TwinModel, task: str) -> dict[str, Any]:
+        """Of a call of the model on rows of this task."""
+        if self.name == "oracle":
+            return {"task": task}
+        if self.name == "shared":
+            return {"weights": [0.0] * len(model.experts), "head": task}
+        return ({"head": task} if self.name == "known-head" else {}) | self.restricted
 
 
 def guesses_of(logits: Tensor, names: list[str] | None) -> list[float]:

@@ -27,24 +27,40 @@ TOKENIZER_FILES = (
     "target.spm",
     "bpe.codes",
     "vocab.bpe",
+    "tekken.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "video_preprocessor_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
 )
 
 
+MORE_TEMPLATES = "additional_chat_templates"
+TEMPLATE = "chat_template.jinja"
+
+
 def copy_files(plan: Plan, folder: Path, shards: dict[str, list[Planned]]) -> dict[str, FileRecord]:
-    """Copy or write configuration, tokenizer and the shards' index into `folder`."""
+    """Copy or write configuration, tokenizer and the shards' index into `folder`.
+
+    A base without a chat template gets the one that its experts agree on, if they do.
+    """
     out: dict[str, FileRecord] = {}
     source = plan.base.folder
     dtype = plan.config_dtype
-    for name in ("config.json", *TOKENIZER_FILES):
+    more = [f"{MORE_TEMPLATES}/{p.name}" for p in sorted((source / MORE_TEMPLATES).glob("*.jinja"))]
+    for name in ("config.json", *TOKENIZER_FILES, *more):
         if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
             if name == "config.json" and dtype:
                 _store_dtype(folder / name, dtype)
             out[name] = record(folder / name)
+    learned = set(_templates(plan).values())
+    if _chat_template(source) is None and len(learned) == 1:
+        (folder / TEMPLATE).write_text(learned.pop(), encoding="utf-8")
+        out[TEMPLATE] = record(folder / TEMPLATE)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": plan.shared_bytes()},
@@ -62,9 +78,9 @@ def copy_files(plan: Plan, folder: Path, shards: dict[str, list[Planned]]) -> di
 
 
 def tokenizer_warnings(plan: Plan) -> list[str]:
-    """Experts whose tokenizer has another vocabulary than the base's."""
+    """Experts whose tokenizer has another vocabulary, or chat template, than the base's."""
     ours = _vocabulary(plan.base.folder)
-    warnings = []
+    warnings = _template_warnings(plan)
     for expert in plan.experts:
         if ours is None or _same_file(plan.base.folder, expert.folder, "tokenizer.json"):
             continue
@@ -75,6 +91,43 @@ def tokenizer_warnings(plan: Plan) -> list[str]:
                 "base's; the artifact has the base's."
             )
     return warnings
+
+
+def _template_warnings(plan: Plan) -> list[str]:
+    """A model has one chat template: who was tuned with another is told."""
+    ours, theirs = _chat_template(plan.base.folder), _templates(plan)
+    if ours is None and len(set(theirs.values())) > 1:
+        return [
+            f"the experts {', '.join(theirs)} have different chat templates and the base has none, "
+            f"so the artifact has none: format chats yourself, or put a {TEMPLATE} into it."
+        ]
+    return [
+        f"expert '{name}': its chat template is another than the base's; the artifact has the "
+        "base's. Its answers to chats may suffer."
+        for name, template in theirs.items()
+        if ours is not None and template != ours
+    ]
+
+
+def _templates(plan: Plan) -> dict[str, str]:
+    """The chat templates of the experts that have one."""
+    found = {expert.name: _chat_template(expert.folder) for expert in plan.experts}
+    return {name: template for name, template in found.items() if template is not None}
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer, in a file of its own or in its configuration."""
+    try:
+        if (folder / TEMPLATE).is_file():
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = config.get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(template, list):  # several by name, as transformers wrote them once
+        named = {each.get("name"): each.get("template") for each in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _store_dtype(path: Path, dtype: str) -> None:

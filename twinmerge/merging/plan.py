@@ -164,12 +164,13 @@ def make_plan(recipe: Recipe) -> Plan:
     # First: that kinds of task differ says more than the tensors in which they do.
     model_class = _model_class(base, experts)
     tensors = [_planned_head(name, base, experts) for name in heads]
-    tied = _tied(base, experts)
+    tied, running = _tied(base, experts), base.running()
     for name in base.names():
         info = base.info(name)
         dtype = stored_as(info.dtype, recipe.out_dtype)
         if not info.dtype.is_floating_point:
-            tensors.append(Planned(name, "buffer", info.shape, info.dtype))
+            count = name in running
+            tensors.append(Planned(name, "buffer", info.shape, info.dtype, running=count))
             continue
         if name in tied:
             tensors.append(Planned(name, "tied", info.shape, dtype, tied_to=tied[name]))
@@ -195,7 +196,9 @@ def make_plan(recipe: Recipe) -> Plan:
                     "again with its weights as floats, or leave it out."
                 )
         matrix = matrix_shape(info.shape)
-        tensors.append(Planned(name, "matrix" if matrix else "vector", info.shape, dtype, matrix))
+        kind = "matrix" if matrix else "vector"
+        planned = Planned(name, kind, info.shape, dtype, matrix, running=name in running)
+        tensors.append(planned)
     tensors.sort(key=lambda t: (-t.dtype.itemsize, _natural(t.name)))
     keep = keep_of(
         recipe.exclusive,
@@ -205,7 +208,7 @@ def make_plan(recipe: Recipe) -> Plan:
         whole_bytes=_whole_bytes(tensors, experts, vectors=True) + _header_bytes(tensors, experts),
     )
     recipe.check_tensors(
-        [tensor.name for tensor in tensors if tensor.kind in ("matrix", "vector")],
+        [t.name for t in tensors if t.kind in ("matrix", "vector") and not t.running],
         Depths(base.names()),
     )
     configs, warnings = _configs(base, experts, recipe)

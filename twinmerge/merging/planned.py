@@ -21,6 +21,9 @@ class Planned:
     """In which it is stored: the recipe's out_dtype, or the base's own."""
     matrix: tuple[int, int] | None = None
     tied_to: str | None = None
+    running: bool = False
+    """A batch norm's running mean or variance: the shared expert's is the experts' average,
+    whatever the method. Or its count of batches: the base's. See `Checkpoint.running`."""
 
     @property
     def key(self) -> str:

@@ -21,7 +21,7 @@ from ..artifact.format import DELTA, HEAD, Share
 from ..checkpoint import LowRank
 from ..errors import CheckpointError, NotFinite, RecipeError
 from ..recipe import Depths
-from .blocks import Buffers, Moved, all_finite, merge_blocks
+from .blocks import Buffers, Merge, Moved, all_finite, merge_blocks
 from .exclusive import Factors, factorize, factorize_svd, squared_norm
 from .journal import Candidate
 from .linalg import ProductSVD
@@ -99,6 +99,8 @@ class Worker:
             return Done(tensor, cast(value, tensor.dtype, tensor.name))
         if tensor.kind == "tied":
             return Done(tensor)
+        if tensor.running:
+            return self._dense(read_step(self.plan, tensor, affine=False), _mean)
         parameters = self.plan.recipe.parameters_at(tensor.name, self.depths.of(tensor.name))
         c = coefficients(self.method.name, parameters, len(self.names))
         if c is not None and not float(c.abs().max()) < LARGEST_COEFFICIENT:
@@ -110,7 +112,10 @@ class Worker:
         if step.vectors is not None:
             assert c is not None
             return self._factored(step, c)
-        return self._dense(step, parameters, c)
+        way = c
+        if c is None and self.method.blockwise:
+            way = partial(self._by_block, parameters)
+        return self._dense(step, way, parameters)
 
     # ------------------------------------------------------------------ what is not merged
 
@@ -124,7 +129,7 @@ class Worker:
         return done
 
     def _check_buffer(self, tensor: Planned, value: Tensor) -> None:
-        if tensor.kind != "buffer":
+        if tensor.kind != "buffer" or tensor.running:
             return
         for expert in self.plan.experts:
             if tensor.name in expert.missing():
@@ -140,17 +145,21 @@ class Worker:
 
     # ------------------------------------------------------------------ the two ways to merge
 
-    def _dense(self, step: Step, parameters: dict, c: Tensor | None) -> Done:
+    def _dense(
+        self, step: Step, way: Merge | Tensor | None, parameters: dict | None = None
+    ) -> Done:
+        """Merge in `way` of `merge_blocks`, or by the method as a whole.
+
+        `parameters` are the method's; without, `way` is an average of the experts alone.
+        """
         tensor, experts = step.tensor, step.experts
         assert experts is not None
         work = self._work(step.base)
 
-        by_block = partial(self._by_block, parameters)
-        merging = by_block if c is None and self.method.blockwise else c
         moved, stored = merge_blocks(
             step.base,
             experts,
-            merging,
+            way,
             work=work,
             store=tensor.dtype,
             pool=self.pool,
@@ -163,10 +172,11 @@ class Worker:
         done.unlike = self._unlike([None if own is step.base else own for own in experts])
         if tensor.matrix is None:
             done.base_square, done.moved = 0.0, ()
-        if not moved.changed and self._keeps(parameters):
+        if not moved.changed and (parameters is None or self._keeps(parameters)):
             done.shared = cast(step.base, tensor.dtype, tensor.name)
             return done
         if stored is None:
+            assert parameters is not None
             stored = self._whole(step, parameters, work).to(tensor.dtype)
             if not all_finite(stored):
                 raise _too_large(tensor)
@@ -331,6 +341,14 @@ class Worker:
         key = f"{self.plan.recipe.seed}/{tensor}/{name}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         return torch.Generator().manual_seed(seed)
+
+
+def _mean(base: Tensor, experts: list[Tensor]) -> Tensor:
+    """The average of running means or variances, of which no method makes a better one.
+
+    Variances must not become negative: neither by a sum of task vectors, nor by its rounding.
+    """
+    return torch.stack(experts).mean(dim=0)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

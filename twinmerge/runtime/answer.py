@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..data import Text, encode, known_positions, pad, token_limit
+from torch import Tensor
+
+from ..data import Chat, Text, encode, known_positions, pad, token_limit
 from ..errors import InputError
 from .model import TwinModel
 
-KEYS = ("expert", "weight", "answer", "score", "weights", "truncated")
+KEYS = ("expert", "weight", "answer", "score", "weights", "dropped", "truncated")
 """All that a row's dictionary may hold."""
 
 # Rows whose weight is below this are left out of the printed weights (not of the computation).
@@ -18,36 +20,42 @@ SHOWN_WEIGHT = 0.0005
 
 def answer_texts(
     model: TwinModel,
-    texts: Sequence[Text],
+    texts: Sequence[Text | Chat],
     *,
     task: str | None = None,
     batch_size: int = 32,
     max_tokens: int | None = None,
     max_new_tokens: int = 128,
+    top_k: int | None = None,
+    threshold: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One dictionary per text: `expert`, `weight`, `answer`, `score`, `weights`.
 
-    `answer` is a label, a value (regression, then `score` is absent), or generated text.
-    `truncated` is there, and true, where a text was cut to the token limit. A prompt is also cut
-    where it leaves no room for `max_new_tokens` within the model's positions; `InputError` if they
-    leave none for the prompt.
+    `answer` is a label, a value (regression, then `score` is absent), or generated text. Chats
+    (`data.chat_of`) are formatted by the tokenizer's template, for the router as for the answer.
+    `top_k` and `threshold` are those of `TwinModel.forward`; with one of them, `dropped` says how
+    much of the row's weight they left out. `truncated` is there, and true, where a text was cut to
+    the token limit. A prompt is also cut where it leaves no room for `max_new_tokens` within the
+    model's positions; `InputError` if they leave none for the prompt.
     """
     limit = token_limit(model, max_tokens)
-    generates = model.can_generate
+    generates = model.can_generate()
     if generates:
         limit = min(limit, _prompt_room(model, max_new_tokens))
     tokenizer = model.tokenizer
     if generates:
-        tokenizer.padding_side = "left"
+        # A decoder goes on from the last column; an encoder numbers positions from the first.
+        tokenizer.padding_side = "right" if _encodes(model) else "left"
+    how = {"task": task, "top_k": top_k, "threshold": threshold}
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
         encoded = encode(tokenizer, chunk, limit)
         batch = {k: v.to(model.device) for k, v in pad(tokenizer, encoded.rows).items()}
         if generates:
-            results = _generated(model, batch, task, max_new_tokens)
+            results = _generated(model, batch, how, max_new_tokens)
         else:
-            results = _answered(model, batch, task)
+            results = _answered(model, batch, how)
         for result, cut in zip(results, encoded.cut, strict=True):
             yield result | ({"truncated": True} if cut else {})
         if progress:
@@ -57,7 +65,7 @@ def answer_texts(
 def _prompt_room(model: TwinModel, max_new_tokens: int) -> int:
     """The most tokens that a prompt may have."""
     positions = known_positions(model)
-    if getattr(model.config, "is_encoder_decoder", False):
+    if _encodes(model):
         return positions  # the answer has positions of its own
     if max_new_tokens >= positions:
         raise InputError(
@@ -67,8 +75,13 @@ def _prompt_room(model: TwinModel, max_new_tokens: int) -> int:
     return positions - max_new_tokens
 
 
-def _answered(model: TwinModel, batch: dict[str, Any], task: str | None) -> list[dict[str, Any]]:
-    output = model(**batch, task=task)
+def _encodes(model: TwinModel) -> bool:
+    """Whether an encoder reads the prompt, and a decoder writes the answer beside it."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _answered(model: TwinModel, batch: dict[str, Any], how: dict[str, Any]) -> list[dict[str, Any]]:
+    output = model(**batch, **how)
     assert output.weights is not None
     results = []
     for answer, weights in zip(model.answers(output), output.weights, strict=True):
@@ -78,26 +91,25 @@ def _answered(model: TwinModel, batch: dict[str, Any], task: str | None) -> list
         else:
             result |= {"answer": answer.label, "score": round(answer.score, 4)}
         results.append(result | {"weights": _shown(model, weights)})
-    return results
+    return _saying(results, output.dropped)
 
 
 def _generated(
-    model: TwinModel, batch: dict[str, Any], task: str | None, max_new_tokens: int
+    model: TwinModel, batch: dict[str, Any], how: dict[str, Any], max_new_tokens: int
 ) -> list[dict[str, Any]]:
     batch.pop("token_type_ids", None)
-    weights = model.weights_for(batch, task=task)
+    decided = model.decide(batch, **how)
     tokens = model.generate(
         **batch,
-        weights=weights,
+        weights=decided.weights,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=model.tokenizer.pad_token_id,
     )
-    new = tokens[:, batch["input_ids"].shape[1] :]
+    new = tokens if _encodes(model) else tokens[:, batch["input_ids"].shape[1] :]
     results = []
     texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
-    for text, row in zip(texts, weights, strict=True):
-        best = int(row.argmax())
+    for text, row, best in zip(texts, decided.weights, decided.expert.tolist(), strict=True):
         results.append(
             {
                 "expert": model.experts[best],
@@ -106,7 +118,17 @@ def _generated(
                 "weights": _shown(model, row),
             }
         )
-    return results
+    return _saying(results, decided.dropped)
+
+
+def _saying(results: list[dict[str, Any]], dropped: Tensor | None) -> list[dict[str, Any]]:
+    """The results, with what `top_k` and `threshold` dropped if one was given."""
+    if dropped is None:
+        return results
+    return [
+        each | {"dropped": round(lost, 4)}
+        for each, lost in zip(results, dropped.tolist(), strict=True)
+    ]
 
 
 def _shown(model: TwinModel, weights) -> dict[str, float]:

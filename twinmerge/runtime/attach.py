@@ -8,13 +8,12 @@ What cannot be run exactly with a weighting per row is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ..artifact.codec import Quantised, Sparse, decode_quantised, decode_sparse
@@ -33,22 +32,32 @@ from ..artifact.format import (
 )
 from ..artifact.reader import Artifact, TensorMap
 from ..errors import CorruptArtifact, UnsupportedModel
+from .experts import Stack, TwinExperts, TwinGate, in_rows
 from .heads import HeadSwitch
 from .layers import (
+    Mixing,
     Patch,
+    TwinAny,
+    TwinBatchNorm,
     TwinConv,
     TwinConv1D,
     TwinElementwise,
-    TwinEmbedding,
     TwinLayerNorm,
     TwinLinear,
-    TwinLookup,
-    TwinParameter,
     Whole,
 )
+from .lookup import TwinEmbedding, TwinLookup
+from .names import Index, Place
 from .parts import Factors, Packed, Part, Scattered, stacked
+from .per_row import NotRowWise
+from .reading import read_mixed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+COUNTER = "num_batches_tracked"
+"""Of a BatchNorm: not used in evaluation, so heads are stored without it."""
 
 
 @dataclass
@@ -57,53 +66,23 @@ class _Site:
 
     module: nn.Module
     patches: dict[str, Patch] = field(default_factory=dict)
+    blocks: dict[str, list[tuple[Index, Patch]]] = field(default_factory=dict)
+    """Of parameters that several tensors of a file fill: the parts of each of these."""
 
 
-def parameter_names(model: nn.Module, prefix: str, names: list[str]) -> dict[str, str]:
-    """Base tensor name -> parameter name in `model`. Names that the model lacks are left out."""
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    renamed = _renaming(model, prefix)
-    found = {}
-    for name in names:
-        shorter = name.removeprefix(f"{prefix}.")
-        candidates = (name, f"{prefix}.{name}", shorter, renamed(name))
-        match = next((candidate for candidate in candidates if candidate in known), None)
-        if match is not None:
-            found[name] = match
-    return found
-
-
-def _renaming(model: nn.Module, prefix: str) -> Callable[[str], str]:
-    """transformers' own way from a name in a file to a name in a live model.
-
-    Files keep names that models have left behind (ViT's `encoder.layer.0.attention.attention.key`
-    is `layers.0.attention.k_proj`); `from_pretrained` translates, and so must we. peft calls the
-    same functions. A tensor that is split or fused on the way stays without a name, which is an
-    error if the experts differ in it.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # a release that translates nothing
-        return lambda name: name
-    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    state = model.state_dict()
-    return lambda name: rename_source_key(name, renamings, [], prefix, state)[0]
-
-
-def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) -> None:
+def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, Place]) -> None:
     """Replace the modules whose weights differ between experts by layers that mix them.
 
-    `names` maps base tensor names to parameter names. Raises `UnsupportedModel` by name.
+    `names` says where the base's tensors live in the model. Raises `UnsupportedModel` for one that
+    has no place.
     """
     changed = [record for record in artifact.manifest.tensors if differs(record)]
     patches = read_patches(artifact, changed)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = dict(named_tensors(model))
     holders: dict[int, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(parameter), []).append((path, attribute))
+        for attribute, tensor in _own_tensors(module):
+            holders.setdefault(id(tensor), []).append((path, attribute))
     modules = dict(model.named_modules())
     sites: dict[str, _Site] = {}
     for record in changed:
@@ -112,17 +91,64 @@ def attach_factors(model: nn.Module, artifact: Artifact, names: dict[str, str]) 
                 f"{record.name}: the experts differ in it, but {type(model).__name__} has no such "
                 "parameter. Its part of the experts would be lost."
             )
-        parameter = parameters[names[record.name]]
-        for path, attribute in holders[id(parameter)]:
+        place = names[record.name]
+        tensor = tensors[place.parameter]
+        for path, attribute in holders[id(tensor)]:
             site = sites.setdefault(path, _Site(modules[path]))
-            patch, dtype = patches[record.name], parameter.dtype
+            patch, dtype = patches[record.name], tensor.dtype
             if isinstance(patch, Whole):
                 patch = Whole(patch.delta.to(dtype))
             else:  # integers stay as they are
                 patch = tuple(part.to(dtype) for part in patch)
-            site.patches[attribute] = patch
+            if attribute in site.patches:
+                raise UnsupportedModel(
+                    f"{record.name}: another tensor of the checkpoint fills {place.parameter} too, "
+                    "so one of the two would be lost. Save base and experts from one model class."
+                )
+            if place.index:
+                site.blocks.setdefault(attribute, []).append((place.index, patch))
+            else:
+                site.patches[attribute] = patch
+    mixtures = _fused(model, {path: site for path, site in sites.items() if site.blocks})
     for path, site in sites.items():
-        _replace(model, path, site)
+        if not site.blocks:
+            _replace(model, path, site, mixtures)
+    for path in mixtures:
+        for module in model.get_submodule(path).modules():
+            if isinstance(module, Mixing):
+                module.flattened = True
+
+
+def _fused(model: nn.Module, sites: dict[str, _Site]) -> set[str]:
+    """Replace fused experts of mixtures; the blocks in which tokens come row by row."""
+    mixtures: set[str] = set()
+    for path, site in sites.items():
+        parent, _, attribute = path.rpartition(".")
+        block, experts = model.get_submodule(parent), cast(Any, site.module)
+        try:
+            if site.patches or not in_rows(block, experts, experts.down_proj.shape[1]):
+                raise NotRowWise(f"{path}: its tokens do not come row by row")
+            new = TwinExperts(site.module, site.blocks, path)
+        except (NotRowWise, AttributeError):
+            stacks = {name: Stack(blocks) for name, blocks in site.blocks.items()}
+            read_mixed(site.module, {**site.patches, **stacks}, path)
+            continue
+        setattr(block, attribute, new.train(site.module.training))
+        mixtures.add(parent)
+    return mixtures
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and float buffers of a model."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.is_floating_point():
+            yield name, buffer
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    yield from module.named_buffers(recurse=False, remove_duplicate=False)
 
 
 def differs(record: TensorRecord) -> bool:
@@ -150,7 +176,7 @@ def read_patches(artifact: Artifact, records: list[TensorRecord]) -> dict[str, P
                 if record.matrix is None:
                     deltas[record.name][index] = _read_delta(stored, record, share)
                 else:
-                    part = _read_part(stored, record.matrix, share, index)
+                    part = _read_part(stored, record.matrix, share, index, len(experts))
                     parts[record.name].append(part)
     patches: dict[str, Patch] = {}
     for record in records:
@@ -209,58 +235,80 @@ def _read_delta(stored: _Stored, record: TensorRecord, share: Share) -> Tensor:
     raise stored.refuse("vector", share)
 
 
-def _read_part(stored: _Stored, matrix: tuple[int, int], share: Share, expert: int) -> Part:
+def _read_part(
+    stored: _Stored, matrix: tuple[int, int], share: Share, expert: int, experts: int
+) -> Part:
     out, in_ = matrix
     if share.storage in ("mask", "index"):
-        return Scattered(stored.sparse(share.storage, matrix), expert)
+        return Scattered(stored.sparse(share.storage, matrix), expert, experts)
     if share.rank is None or share.storage == "whole":
         raise stored.refuse("matrix", share)
-    owner = torch.full((share.rank,), expert)
+    ranks = [share.rank if t == expert else 0 for t in range(experts)]
     if share.storage == "factors":
-        return Factors(stored[A], stored[B], owner)
+        return Factors(stored[A], stored[B], ranks)
     bits = {"int8": 8, "int4": 4}[share.storage]
     a, b = (stored.quantised(side, share.rank, n, bits) for side, n in ((A, in_), (B, out)))
-    return Packed(a, b, owner)
+    return Packed(a, b, ranks)
 
 
-def _replace(model: nn.Module, path: str, site: _Site) -> None:
+def _replace(model: nn.Module, path: str, site: _Site, mixtures: set[str]) -> None:
     module = site.module
     patches = {name: _in_parts(patch, module) for name, patch in site.patches.items()}
-    weight, bias = patches.get("weight"), patches.get("bias")
-    kind = type(module)
-    known = set(patches) <= {"weight", "bias"}
-    new: nn.Module
-    if type(module) is nn.Linear and known and not isinstance(weight, Whole):
-        new = TwinLinear(module, weight or (), _whole(bias), path)
-    elif type(module) is Conv1D and known and not isinstance(weight, Whole):
-        new = TwinConv1D(module, weight or (), _whole(bias), path)
-    elif _is_table(module) and kind is nn.Embedding and isinstance(weight, tuple):
-        new = TwinEmbedding(module, weight, path)
-    elif _is_table(module) and isinstance(weight, tuple) and len(patches) == 1:
-        new = TwinLookup(module, weight, path)
-    elif type(module) is nn.LayerNorm and known and len(module.normalized_shape) == 1:
-        new = TwinLayerNorm(module, _whole(weight), _whole(bias), path)
-    elif isinstance(module, _CONVOLUTIONS) and known and not isinstance(weight, Whole):
-        new = TwinConv(module, weight or (), _whole(bias), path)
-    elif _is_elementwise(module, patches):
-        new = TwinElementwise(
-            module, {k: v for k, v in patches.items() if isinstance(v, Whole)}, path
-        )
-    else:
-        for attribute, patch in patches.items():
-            where = f"{path}.{attribute}" if path else attribute
-            original = getattr(module, attribute)
-            if kind.__module__.startswith("torch.nn"):
-                raise UnsupportedModel(
-                    f"{where}: a {kind.__name__} cannot be run with a weighting per row yet. "
-                    "Leave its weights out of the experts, or use a static merge."
-                )
-            mix = TwinParameter(original.shape, patch, where)
-            parametrize.register_parametrization(module, attribute, mix)
+    new = _layer(module, patches, path)
+    if new is None and path.rpartition(".")[0] in mixtures and not list(module.children()):
+        new = TwinGate(module, patches, path)
+    if new is None:
+        read_mixed(module, patches, path)
         return
     new.train(module.training)
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)
+
+
+def _layer(module: nn.Module, patches: dict[str, Patch], path: str) -> nn.Module | None:
+    """The layer to put in its place; None for a module that reads bare parameters of its own."""
+    weight, bias = patches.get("weight"), patches.get("bias")
+    kind = type(module)
+    vectors = {name: each for name, each in patches.items() if isinstance(each, Whole)}
+    known = set(patches) <= {"weight", "bias"}
+    try:
+        if kind is nn.Linear and known and not isinstance(weight, Whole):
+            return TwinLinear(module, weight or (), _whole(bias), path)  # type: ignore[arg-type]
+        if kind is Conv1D and known and not isinstance(weight, Whole):
+            return TwinConv1D(module, weight or (), _whole(bias), path)  # type: ignore[arg-type]
+        if _is_table(module) and isinstance(weight, tuple) and len(patches) == 1:
+            if kind is nn.Embedding:
+                return TwinEmbedding(module, weight, path)
+            return TwinLookup(module, weight, path)
+        if kind is nn.LayerNorm and known and len(module.normalized_shape) == 1:  # type: ignore[arg-type]
+            return TwinLayerNorm(module, _whole(weight), _whole(bias), path)  # type: ignore[arg-type]
+        if _runs_as(module, *_CONVOLUTIONS) and known and not isinstance(weight, Whole):
+            return TwinConv(module, weight or (), _whole(bias), path)  # type: ignore[arg-type]
+        if _runs_as(module, *_BATCH_NORMS) and len(vectors) == len(patches):
+            return TwinBatchNorm(module, vectors, path)
+        if _is_elementwise(module, patches):
+            return TwinElementwise(module, vectors, path)
+    except NotRowWise:
+        pass  # of such a kind, but not row by row
+    own = len(list(_own_tensors(module)))
+    if own and not any(True for _ in module.children()):
+        return None if _reads_bare(module) else TwinAny(module, patches, path)
+    return None
+
+
+def _runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of one of these kinds and runs as it does: no forward of its own."""
+    own = type(module)
+    methods = ("forward", "_conv_forward")
+    return any(
+        issubclass(own, kind) and all(getattr(own, m, 0) is getattr(kind, m, 0) for m in methods)
+        for kind in kinds
+    )
+
+
+def _reads_bare(module: nn.Module) -> bool:
+    """Whether a leaf holds bare parameters that rows may read: not a layer of torch's own."""
+    return not type(module).__module__.startswith("torch.")
 
 
 def _in_parts(patch: Patch, module: nn.Module) -> Patch:
@@ -270,10 +318,10 @@ def _in_parts(patch: Patch, module: nn.Module) -> Patch:
         return patch
     delta = patch.delta.flatten(2)  # expert, out, rest
     experts, out, _ = delta.shape
-    owner = torch.arange(experts)
+    one_each = [1] * experts
     if out == 1:
-        return (Factors(delta[:, 0], delta.new_ones(1, experts), owner),)
-    return (Factors(delta.new_ones(experts, 1), delta[:, :, 0].T, owner),)
+        return (Factors(delta[:, 0], delta.new_ones(1, experts), one_each),)
+    return (Factors(delta.new_ones(experts, 1), delta[:, :, 0].T, one_each),)
 
 
 def _whole(patch: Patch | None) -> Whole | None:
@@ -318,6 +366,10 @@ def attach_heads(
                     if name + HEAD in stored
                 }
             missing, unexpected = head.load_state_dict(state, strict=False, assign=True)
+            missing = [name for name in missing if not name.endswith(COUNTER)]
+            for name, buffer in head.named_buffers():
+                if name.endswith(COUNTER):
+                    buffer.zero_()
             if missing or unexpected:
                 raise UnsupportedModel(
                     f"{root}: the head of expert '{expert}' does not fit "

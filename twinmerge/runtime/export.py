@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from ..artifact.reader import Artifact
 from ..errors import InputError, did_you_mean
-from .attach import differs, read_patches
+from .attach import differs, named_tensors, read_patches
 from .heads import HeadSwitch
 from .layers import Whole
-from .load import body_names, load_shared, task_config
+from .load import body_places, load_shared, task_config
 from .model import TwinModel
 
 
@@ -33,11 +33,16 @@ class DenseMerge:
         artifact = Artifact(twin.folder, check=False)
         records = [record for record in artifact.manifest.tensors if differs(record)]
         self.twin = twin
-        self.model: PreTrainedModel = load_shared(artifact, twin.dtype).eval().requires_grad_(False)
+        attention = getattr(twin.model.config, "_attn_implementation", None)
+        model = load_shared(artifact, twin.dtype, attention)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         nn.Module.to(self.model, twin.device)
-        names = body_names(self.model, artifact.manifest)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.targets = {record.name: parameters[names[record.name]] for record in records}
+        names = body_places(self.model, artifact.manifest)
+        parameters = dict(named_tensors(self.model))
+        self.targets = {
+            record.name: parameters[names[record.name].parameter][names[record.name].index]
+            for record in records
+        }
         self.shared = {name: target.clone() for name, target in self.targets.items()}
         self._patches = read_patches(artifact, records)
         for patch in self._patches.values():
@@ -72,7 +77,9 @@ class DenseMerge:
         for path, switch in self._switches.items():
             parent, _, attribute = path.rpartition(".")
             index = self._head(weights, head)
-            setattr(self.model.get_submodule(parent), attribute, copy.copy(switch.heads[index]))
+            # A head of its own: what is done to the model must not reach the other.
+            head_module = copy.deepcopy(switch.heads[index])
+            setattr(self.model.get_submodule(parent), attribute, head_module)
             own = task_config(self.twin.folder, self.twin.manifest.experts[index])
             for key in ("id2label", "label2id", "problem_type"):
                 setattr(self.model.config, key, getattr(own, key))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import InputError, UnsupportedModel
 from .routing import current
@@ -29,6 +31,8 @@ class HeadSwitch(nn.Module):
                 "or say which expert's head to use (head= or task=)."
             )
         head = routing.head
+        if torch.compiler.is_compiling():
+            return self._all(head, args, kwargs)
         chosen = head.unique().tolist()
         if len(chosen) == 1:
             return self._one(chosen[0], args, kwargs)
@@ -42,8 +46,18 @@ class HeadSwitch(nn.Module):
         first = next(iter(parts.values()))[1]
         out = first.new_full((len(head), *first.shape[1:-1], width), float("-inf"))
         for rows, part in parts.values():
+            rows = rows.to(out.device)
             out[rows, ..., : part.shape[-1]] = part
         return out
+
+    def _all(self, head: Tensor, args, kwargs) -> Tensor:
+        """Every head on all rows, then each row's own: which are few is not known to a compiler."""
+        parts = [self._one(index, args, kwargs) for index in range(len(self.heads))]
+        width = max(part.shape[-1] for part in parts)
+        padded = [F.pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in parts]
+        all_heads = torch.stack(padded)
+        head = head.to(all_heads.device)
+        return all_heads[head, torch.arange(len(head), device=head.device)]
 
     def _one(self, index: int, args, kwargs) -> Tensor:
         out = self.heads[index](*args, **kwargs)
@@ -69,7 +83,7 @@ class _Rows:
                 f"{self.where}: the head was given {tuple(value.shape)}; its first axis is not the "
                 f"batch of {self.batch}. Route batches of one task at a time (task=)."
             )
-        return value.index_select(0, self.rows)
+        return value.index_select(0, self.rows.to(value.device))
 
 
 def head_roots(heads: list[str], body: set[str]) -> dict[str, list[str]]:

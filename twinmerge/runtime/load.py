@@ -5,65 +5,116 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from ..artifact.format import ExpertRecord, Manifest, RouterRecord
 from ..artifact.reader import Artifact
 from ..errors import ArtifactError, CorruptArtifact, InputError, RouterError, UnsupportedModel
-from .attach import attach_factors, attach_heads, parameter_names
+from .attach import COUNTER, attach_factors, attach_heads, differs
+from .devices import DeviceMap, dispatch
 from .dryrun import dry_run
 from .heads import head_roots
 from .model import TwinModel
+from .names import Place, places
+from .pipelines import register
 from .router.mlp import RouterMLP
+from .saving import fetch
 
 
 def load(
     folder: Path | str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     check: bool = True,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: Path | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    cache_dir: Path | str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> TwinModel:
     """Open an artifact as a model that routes and answers.
 
-    folder: what `twinmerge merge` wrote
-    dtype:  to run in; default as stored
-    device: to run on
-    check:  compare all files with the manifest's digests first
+    folder:     what `twinmerge merge` wrote; or a hub id, `org/name` or `org/name@revision`
+    dtype:      to run in, or its name; default (and "auto") as stored
+    device:     to run on
+    check:      compare all files with the manifest's digests first
+    device_map: several devices instead: {module: device}, "auto", "balanced", ... (needs
+                accelerate); max_memory and offload_folder as in transformers
+    attn_implementation:  "sdpa", "eager", ...; default transformers' choice
+    revision, cache_dir, token, local_files_only:  of the hub
 
     The model comes in evaluation mode. An artifact without a router loads; `route` then raises
     `RouterError`, and calls need `task=` or `weights=`. Raises `ArtifactError` and its kinds for
-    what is wrong with the folder, `UnsupportedModel` for layers that cannot be run exactly.
+    what is wrong with the folder, `UnsupportedModel` for layers that cannot be run exactly,
+    `InputError` for a dtype or device map that does not fit.
     """
-    artifact = Artifact(folder, check=check)
+    dtype = _dtype(dtype)
+    if device_map is not None and torch.device(device) != torch.device("cpu"):
+        raise InputError(f"give device= or device_map=, not both: got {device} and {device_map}.")
+    found = fetch(
+        folder,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    artifact = Artifact(found, check=check)
     manifest = artifact.manifest
-    model = load_shared(artifact, dtype)
-    names = body_names(model, manifest)
+    model = load_shared(artifact, dtype, attn_implementation)
+    names = body_places(model, manifest)
     heads = [record.name for record in manifest.tensors if record.kind == "head"]
-    roots = head_roots(heads, set(names.values())) if heads else {}
+    roots = head_roots(heads, {place.parameter for place in names.values()}) if heads else {}
     attach_factors(model, artifact, names)
     if roots:
         skeletons = {e.name: _skeleton(artifact, e, manifest.model_class) for e in manifest.experts}
         attach_heads(model, skeletons, artifact, roots)
     model.eval().requires_grad_(False)
-    dry_run(model, len(manifest.experts))
+    found_rows = dry_run(model, len(manifest.experts))
     problem: RouterError | None = None
     router: tuple[RouterMLP, RouterRecord] | None = None
     try:
         router = load_router(artifact)
     except RouterError as error:
         problem = error
-    twin = TwinModel(model, manifest, artifact.folder, router, problem)
+    twin = TwinModel(model, manifest, artifact.folder.absolute(), router, problem)
+    twin.planner.mixes_rows = found_rows.mixes_rows
+    twin.untouched_layers = found_rows.untouched
     _settle_padding(twin)
-    return twin.to(device).eval().requires_grad_(False)
+    twin.eval().requires_grad_(False)
+    register()
+    if device_map is None:
+        return twin.to(device)
+    main = dispatch(model, device_map, max_memory, offload_folder)
+    if twin.router is not None:
+        twin.router.to(main)
+    twin._main_device = main
+    twin.planner.keep = 0  # what is kept merged would stay on the devices that offload
+    return twin
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """By name, too; None is as stored."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype
+    named = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise InputError(
+            f"dtype={dtype!r}: expected a float dtype or its name: 'auto', 'float32', 'bfloat16' "
+            "or 'float16'."
+        )
+    return named
 
 
 def _settle_padding(twin: TwinModel) -> None:
@@ -97,7 +148,11 @@ def load_router(artifact: Artifact) -> tuple[RouterMLP, RouterRecord]:
     return mlp.eval(), fitted
 
 
-def load_shared(artifact: Artifact, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_shared(
+    artifact: Artifact,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
     """The shared expert as the experts' task model, heads not filled in yet.
 
     Raises `CorruptArtifact` or `UnsupportedModel` if a weight of the body finds no place.
@@ -105,19 +160,26 @@ def load_shared(artifact: Artifact, dtype: torch.dtype | None = None) -> PreTrai
     manifest = artifact.manifest
     cls = model_class(manifest)
     config = task_config(artifact.folder, manifest.experts[0])
-    with quiet():
-        model, info = cls.from_pretrained(
-            artifact.folder,
-            config=config,
-            dtype=dtype or "auto",
-            output_loading_info=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # a head of the base's own; the body is checked below
-        )
+    more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with quiet():
+            model, info = cls.from_pretrained(
+                artifact.folder,
+                config=config,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # a head of the base's own; the body is checked below
+                **more,
+            )
+    except (ImportError, ValueError) as problem:
+        if not more:
+            raise
+        raise InputError(f"attn_implementation={attn_implementation!r}: {problem}") from None
     heads = {record.name for record in manifest.tensors if record.kind == "head"}
-    kinds = {record.name: record.kind for record in manifest.tensors}
-    missing = sorted(set(info["missing_keys"]) - heads)
-    lost = [n for n in sorted(info["unexpected_keys"]) if kinds.get(n) in ("matrix", "vector")]
+    changed = {record.name for record in manifest.tensors if differs(record)}
+    missing = sorted(k for k in info["missing_keys"] if k not in heads and not k.endswith(COUNTER))
+    lost = [name for name in sorted(info["unexpected_keys"]) if name in changed]
     mismatched = sorted({key for key, *_ in info.get("mismatched_keys") or []} - heads)
     if missing or mismatched:
         names = missing or mismatched
@@ -148,7 +210,9 @@ def model_class(manifest: Manifest) -> Any:
 def task_config(folder: Path, expert: ExpertRecord) -> Any:
     """The base's configuration with one expert's labels."""
     try:
-        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # transformers' reader: it writes infinite numbers in a way of its own.
+        own, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        own = getattr(PreTrainedConfig, "_decode_special_floats", lambda found: found)(own)
     except (OSError, ValueError) as problem:
         raise ArtifactError(f"{folder / 'config.json'}: {problem}. Rebuild the artifact.") from None
     own.update(expert.config)
@@ -170,10 +234,10 @@ def _skeleton(artifact: Artifact, expert: ExpertRecord, name: str) -> nn.Module:
         return cls.from_config(config) if name.startswith("Auto") else cls(config)
 
 
-def body_names(model: PreTrainedModel, manifest: Manifest) -> dict[str, str]:
-    """Base tensor name -> parameter name in the task model, for all that is merged."""
-    body = [r.name for r in manifest.tensors if r.kind in ("matrix", "vector", "tied")]
-    return parameter_names(model, model.base_model_prefix, body)
+def body_places(model: PreTrainedModel, manifest: Manifest) -> dict[str, Place]:
+    """Base tensor name -> where it lives in the task model, for all that is merged."""
+    body = {r.name: r.shape for r in manifest.tensors if r.kind in ("matrix", "vector", "tied")}
+    return places(model, model.base_model_prefix, body)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,15 +13,22 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..artifact.format import ExpertRecord, Manifest, RouterRecord
-from ..errors import InputError, RouterError, did_you_mean
+from ..errors import InputError, RouterError, UnsupportedModel, did_you_mean
+from .cost import plan_costs
+from .generate import CACHE, PromptCache, cached_weights, generate, prefill, tag
 from .heads import HeadSwitch
+from .labels import PerExpertConfig
+from .per_row import NotRowWise, PerRow
+from .plan import Planner, Way, drop, groups
 from .router.features import FeatureReader
 from .router.mlp import RouterMLP
-from .routing import Routing, routed
+from .routing import Cell, Routing, routed
+from .split import run_split
 
 Weights = Float[Tensor, "batch expert"]
 
@@ -32,13 +41,24 @@ class TwinOutput(ModelOutput):
              differ in width, outputs that a row's head does not have are -inf.
     weights: (batch, expert), how much of each expert's exclusive knowledge every row ran with.
     expert:  (batch,), index into `TwinModel.experts` of the head that answered each row.
-    model_output: everything else that the task model returned (caches, hidden states).
+    model_output: everything else that the task model returned (caches, hidden states). Its fields
+             are found as attributes of this, too (`start_logits`, `last_hidden_state`, ...).
+    dropped: (batch,), how much weight `top_k` and `threshold` left out; None if neither was given.
+    plan:    which way the batch ran, see `runtime.plan`.
     """
 
     logits: Tensor | None = None
     weights: Tensor | None = None
     expert: Tensor | None = None
     model_output: Any = None
+    dropped: Tensor | None = None
+    plan: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        inner = self.__dict__.get("model_output")
+        if name.startswith("_") or inner is None or not hasattr(inner, name):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}, nor has its model_output")
+        return getattr(inner, name)
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,19 @@ class Answer:
     """The label with the highest score; None for a regression."""
     score: float
     """Softmax probability of the label, or the regression's value."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What one call runs with."""
+
+    routing: Routing
+    weights: Weights
+    """After `top_k` and `threshold`."""
+    expert: Int[Tensor, " batch"]
+    """Whose head answers."""
+    dropped: Float[Tensor, " batch"] | None
+    way: str
 
 
 class TwinModel(nn.Module):
@@ -79,7 +112,11 @@ class TwinModel(nn.Module):
         self.router_layer = None if router is None else router[1].layer
         self._router_problem = router_problem
         self._has_heads = any(isinstance(module, HeadSwitch) for module in model.modules())
+        self.planner = Planner()
+        self.untouched_layers = -1
+        """The last layer that no expert changes: a router that reads there costs no forward."""
         self._tokenizer = None
+        self._main_device: torch.device | None = None
 
     @cached_property
     def features(self) -> FeatureReader:
@@ -88,12 +125,43 @@ class TwinModel(nn.Module):
         """
         return FeatureReader(self.model)
 
-    @property
-    def config(self) -> Any:
-        """The task model's configuration (labels are per expert: see `labels`)."""
-        return self.model.config
+    @cached_property
+    def break_even(self) -> float:
+        """Tokens of one weighting from which merging it densely costs less, see `runtime.cost`."""
+        return max(plan_costs(self).break_even, 1.0)
 
     @property
+    def config(self) -> Any:
+        """The task model's configuration. Its labels raise `InputError` where the experts' differ:
+        see `labels`.
+        """
+        return self.model.config if self._labelled_alike else self._guarded_config
+
+    @cached_property
+    def _labelled_alike(self) -> bool:
+        kinds = [expert.config.get("problem_type") for expert in self.manifest.experts]
+        labels = list(self.labels.values())
+        return all(each == labels[0] for each in labels) and len(set(kinds)) == 1
+
+    @cached_property
+    def _guarded_config(self) -> PerExpertConfig:
+        return PerExpertConfig(self.model.config, self.experts)
+
+    @property
+    def generation_config(self) -> Any:
+        """The task model's defaults for `generate`; None if it does not generate."""
+        return getattr(self.model, "generation_config", None)
+
+    @property
+    def input_modalities(self) -> Any:
+        """As the task model says it."""
+        return getattr(self.model, "input_modalities", None)
+
+    @property
+    def output_modalities(self) -> Any:
+        """As the task model says it."""
+        return getattr(self.model, "output_modalities", None)
+
     def can_generate(self) -> bool:
         """Whether the task model is one that generates."""
         return bool(getattr(self.model, "can_generate", bool)())
@@ -105,7 +173,41 @@ class TwinModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where inputs are expected."""
+        return self._main_device or next(self.model.parameters()).device
+
+    @property
+    def hf_device_map(self) -> dict[str, Any] | None:
+        """Module -> device, of a model that `load(device_map=)` spread; None if in one place."""
+        return getattr(self.model, "hf_device_map", None)
+
+    def _apply(self, fn, recurse=True):
+        # .to(), .half(), .cuda() and the like all come here.
+        if self._main_device is not None:
+            raise InputError(
+                "the model was loaded with device_map=, so it cannot be moved or cast. Load it "
+                "again with another device_map= or dtype=."
+            )
+        self.planner.forget()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.planner.forget()
+        return super().load_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._main_device is not None:
+            raise InputError(
+                "the model was loaded with device_map=, so it cannot be pickled or copied. Load it "
+                "in the process that runs it."
+            )
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        from .pipelines import register
+
+        super().__setstate__(state)
+        register()
 
     @property
     def tokenizer(self):
@@ -164,15 +266,44 @@ class TwinModel(nn.Module):
         if self.router is None or self.router_layer is None:
             raise self._router_problem or RouterError("this model has no router")
         features = self.features.read(_tensors(inputs), [self.router_layer])[self.router_layer]
-        return self.router(features).softmax(dim=-1)
+        return self.weights_from(features)
 
-    def _routing(
+    @torch.no_grad()
+    def weights_from(self, features: Float[Tensor, "batch width"]) -> Weights:
+        """What the router makes of features, also of those that a forward with gradients gives.
+
+        Raises `RouterError` where it makes nothing of them: NaN or infinity.
+        """
+        assert self.router is not None
+        weights = self.router(features.to(self.device)).softmax(dim=-1)
+        finite = torch.isfinite(weights).all(dim=-1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0, 0])
+            came = "finite" if bool(torch.isfinite(features[row]).all()) else "NaN or infinity"
+            raise RouterError(
+                f"router: expected finite weights, got NaN in row {row}, from features of layer "
+                f"{self.router_layer} that are {came}. Load the model with dtype=torch.float32 if "
+                "its hidden states overflow, fit the router again (twinmerge fit-router), or give "
+                "weights= or task=."
+            )
+        return weights
+
+    def decide(
         self,
         inputs: Mapping[str, Any],
-        weights: Tensor | Mapping[str, float] | Sequence | None,
-        task: str | Sequence[str] | None,
-        head: str | Sequence[str] | None,
-    ) -> tuple[Routing, Weights, Tensor]:
+        *,
+        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        task: str | Sequence[str] | None = None,
+        head: str | Sequence[str] | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        plan: Way = "auto",
+        lasts: bool = False,
+    ) -> Decided:
+        """What a call with these arguments runs with, and which way.
+
+        lasts: whether the weights hold for many forwards, as in a generation
+        """
         batch = _batch_size(inputs)
         if task is not None:
             if weights is not None:
@@ -184,19 +315,35 @@ class TwinModel(nn.Module):
             resolved = self._as_weights(weights, batch)
         else:
             resolved = self.route(**inputs)
+        kept = drop(resolved, top_k, threshold)
+        index = self._heads(resolved, kept.weights, head, batch)
+        _check_images(inputs, batch, kept.weights)
+        tokens = 0.0
+        if not (lasts or self.can_generate()):  # what generates may be asked for a cache
+            tokens = _tokens(inputs) / self.break_even
+        routing, way = self.planner.plan(kept.weights, index, way=plan, lasts=lasts, tokens=tokens)
+        return Decided(routing, kept.weights, index, kept.dropped, way)
+
+    def _heads(
+        self, weights: Weights, kept: Weights, head: str | Sequence[str] | None, batch: int
+    ) -> Int[Tensor, " batch"]:
+        """Whose head answers each row: the highest of the weights that it runs with.
+
+        Of all its weights where none is kept.
+        """
         if head is not None:
-            index = self._indices(head, batch, "head")
-        else:
-            empty = (resolved == 0).all(dim=-1)
-            if self._has_heads and bool(empty.any()):
-                row = int(empty.nonzero()[0, 0])
-                raise InputError(
-                    f"weights: row {row} is all zero (the shared expert), so no expert's head "
-                    f"follows from it. Say whose head answers: head= one of {list(self.experts)}."
-                )
-            index = resolved.argmax(dim=-1)
-        running = resolved if bool(resolved.any()) else None
-        return Routing(running, index), resolved, index
+            return self._indices(head, batch, "head")
+        empty = (weights == 0).all(dim=-1)
+        if self._has_heads and bool(empty.any()):
+            row = int(empty.nonzero()[0, 0])
+            raise InputError(
+                f"weights: row {row} is all zero (the shared expert), so no expert's head "
+                f"follows from it. Say whose head answers: head= one of {list(self.experts)}."
+            )
+        if kept is not weights:
+            lowest = kept.masked_fill(kept == 0, float("-inf"))
+            weights = torch.where((kept == 0).all(dim=-1, keepdim=True), weights, lowest)
+        return weights.argmax(dim=-1)
 
     def _indices(self, names: str | Sequence[str], batch: int, what: str) -> Int[Tensor, " batch"]:
         listed = [names] * batch if isinstance(names, str) else list(names)
@@ -234,9 +381,12 @@ class TwinModel(nn.Module):
         *,
         weights: Tensor | Mapping[str, float] | Sequence | None = None,
         task: str | Sequence[str] | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
     ) -> Weights:
         """The weights that a call with these arguments runs with: (batch, expert)."""
-        return self._routing(inputs, weights, task, None)[1]
+        given = {"weights": weights, "task": task}
+        return self.decide(inputs, **given, top_k=top_k, threshold=threshold).weights
 
     # ------------------------------------------------------------------ running
 
@@ -246,59 +396,194 @@ class TwinModel(nn.Module):
         weights: Tensor | Mapping[str, float] | Sequence | None = None,
         task: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        plan: Way = "auto",
         **inputs: Any,
     ) -> TwinOutput:
         """Route, then answer: every row with its own weights, in one forward.
 
-        weights: (batch, expert) or (expert,) or {name: weight}: runs with these, router not asked
-        task:    one name or one per row: all weight on that expert, and its head
-        head:    one name or one per row: whose head answers; default the expert of highest weight
-        inputs:  what the task model takes, as its tokenizer or processor makes it
+        weights:   (batch, expert) or (expert,) or {name: weight}: the router is not asked
+        task:      one name or one per row: all weight on that expert, and its head
+        head:      one name or one per row: whose head answers; default the highest weight's of
+                   those that are left
+        top_k:     weights but each row's k largest become zero; what is left is not scaled up
+        threshold: weights below it become zero, likewise; both say in `dropped` what they dropped
+        plan:      which way to run, see `runtime.plan`; all are exact
+        inputs:    what the task model takes, as its tokenizer or processor makes it; the output is
+                   a `TwinOutput` also with `return_dict=False`
 
-        Raises `InputError` for unknown names and wrong shapes, `RouterError` without a router.
+        With a `past_key_values` of an earlier call it runs with that call's weights; `top_k` and
+        `threshold` must not change these. Raises `InputError` for unknown names, wrong shapes and
+        a cache of other weights, `RouterError` without a router, `UnsupportedModel` for texts and
+        images of several weightings that are compared with each other (CLIP).
         """
         if inputs.get("labels") is not None:
             raise InputError(
                 "labels=: no loss is defined over rows with different heads. Compute it from "
                 "`logits` and `expert`."
             )
-        routing, resolved, index = self._routing(inputs, weights, task, head)
-        with routed(routing):
-            output = self.model(**inputs)
-        logits = getattr(output, "logits", None)
-        return TwinOutput(logits=logits, weights=resolved, expert=index, model_output=output)
+        if inputs.get(CACHE) is not None:
+            rows = _batch_size(inputs)
+            known = cached_weights(self, inputs[CACHE], rows, weights, task, top_k, threshold)
+            if weights is None and task is None:
+                weights = known  # those that were asked for are the same
+        given = {"weights": weights, "task": task, "head": head}
+        options = {"top_k": top_k, "threshold": threshold, "plan": plan}
+        return self._run(self.model, inputs, given, options)
 
-    @torch.no_grad()
+    def get_text_features(self, **inputs: Any) -> TwinOutput:
+        """The text tower's features, of a model of two towers (CLIP); else as `forward`."""
+        return self._tower("get_text_features", inputs)
+
+    def get_image_features(self, **inputs: Any) -> TwinOutput:
+        """The image tower's features, of a model of two towers (CLIP); else as `forward`."""
+        return self._tower("get_image_features", inputs)
+
+    def _tower(self, method: str, inputs: dict[str, Any]) -> TwinOutput:
+        call = getattr(self.model, method, None)
+        if call is None:
+            raise InputError(f"{type(self.model).__name__} has no {method}(); call the model.")
+        given = {name: inputs.pop(name, None) for name in ("weights", "task", "head")}
+        options = {name: inputs.pop(name, None) for name in ("top_k", "threshold")}
+        return self._run(call, inputs, given, options | {"plan": inputs.pop("plan", "auto")})
+
+    def _run(
+        self,
+        call: Callable[..., Any],
+        inputs: dict[str, Any],
+        given: dict[str, Any],
+        options: dict[str, Any],
+    ) -> TwinOutput:
+        _batch_size(inputs)  # before the router reads, which may be on the way
+        if False in (inputs.get("return_dict"), getattr(self.model.config, "return_dict", None)):
+            inputs = inputs | {"return_dict": True}  # a tuple does not say which are the logits
+        routes, problem = given["weights"] is None and given["task"] is None, None
+        try:
+            if routes and options["plan"] != "split" and self._on_the_way(inputs):
+                return self._run_routing(call, inputs, given["head"], options)
+            decided = self.decide(inputs, **given, **options)
+            if decided.way != "split":
+                with routed(decided.routing):
+                    return _output(call(**inputs), decided)
+        except NotRowWise as seen:  # in no dry run
+            if options["plan"] != "auto" or inputs.get("past_key_values") is not None:
+                raise
+            problem, options = seen, options | {"plan": "split"}
+            decided = self.decide(inputs, **given, **options)
+        cut = groups(decided.routing, decided.weights)
+        towers = ("get_text_features", "get_image_features")
+        if call is self.model and len(cut) > 1 and all(hasattr(self.model, t) for t in towers):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} compares every text with every image, which is not "
+                "defined for rows of other weights. Call get_text_features / get_image_features, "
+                "or pass one weighting for the whole batch."
+            )
+        for name in ("use_cache", "use_mems"):  # a cache cannot be put together
+            if name in inspect.signature(self.model.forward).parameters:
+                inputs = {name: False} | inputs
+        output = run_split(call, inputs, cut, len(decided.weights), heads=self._has_heads)
+        if problem is not None and call is self.model:
+            self.planner.noted(problem)
+        return _output(output, decided)
+
+    def _on_the_way(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the router can read its features off the forward that it routes.
+
+        No expert may differ before its layer, and the forward must number its tokens as a forward
+        for features does. A compiled one goes through without a stop.
+        """
+        if self.router is None or self.router_layer is None or self.planner.mixes_rows:
+            return False
+        if self.router_layer > self.untouched_layers:
+            return False
+        if self.model._compiled_call_impl is not None:
+            return False  # a compiled graph is not left on the way
+        mask = inputs.get("attention_mask")
+        unpadded = mask is None or inputs.get("position_ids") is not None or bool(mask.all())
+        return unpadded or not self.can_generate()
+
+    def _run_routing(
+        self,
+        call: Callable[..., Any],
+        inputs: dict[str, Any],
+        head: str | Sequence[str] | None,
+        options: dict[str, Any],
+    ) -> TwinOutput:
+        """One forward that decides its own weights where the router reads."""
+        assert self.router is not None and self.router_layer is not None
+        found: list[Decided] = []
+        with routed(None) as cell:
+            reading = self._routes(cell, inputs, head, options, found)
+            with reading:
+                output = call(**inputs)
+        return _output(output, found[0])
+
+    def _routes(
+        self,
+        cell: Cell,
+        inputs: dict[str, Any],
+        head: str | Sequence[str] | None,
+        options: dict[str, Any],
+        found: list[Decided],
+    ) -> AbstractContextManager[None]:
+        """Within it, a forward fills `cell` as soon as the router's layer is known."""
+        layer = self.router_layer
+        assert layer is not None
+
+        def then(features: dict[int, Tensor]) -> None:
+            weights = self.weights_from(features[layer])
+            found.append(self.decide(inputs, weights=weights, head=head, **options))
+            cell.routing = found[0].routing
+
+        return self.features.watching(inputs, [layer], then)
+
     def generate(
         self,
+        inputs: Tensor | None = None,
         *,
         weights: Tensor | Mapping[str, float] | Sequence | None = None,
         task: str | Sequence[str] | None = None,
-        **inputs: Any,
+        prompt_cache: PromptCache | None = None,
+        **options: Any,
     ) -> Any:
         """`transformers`' generate, with the weights decided once, from the prompt.
 
-        They stay as they are while tokens are added, so the key-value cache stays valid. Takes
-        everything that `generate` takes. Raises `InputError` if the task model cannot generate.
+        They stay as they are while tokens are added, so the key-value cache stays valid.
+
+        weights, task: as in `forward`
+        prompt_cache:  what `prefill` made of a prefix of the prompts; runs with its weights
+        options:       everything that `generate` takes; `top_k` is that of sampling. For few
+                       experts per row, give `weights=model.weights_for(prompt, top_k=1)`
+
+        A cache that is returned (`return_dict_in_generate=True`) remembers its weights, and a call
+        with it as `past_key_values=` runs with these. Raises `InputError` if the task model cannot
+        generate, and for a cache made with other weights than the call asks for.
         """
-        if not self.can_generate:
-            raise InputError(
-                f"{type(self.model).__name__} cannot generate; call the model instead."
-            )
-        config = inputs.get("generation_config") or self.model.generation_config
+        return generate(
+            self, inputs, weights=weights, task=task, prompt_cache=prompt_cache, **options
+        )
 
-        def setting(name: str) -> int:
-            value = inputs.get(name)
-            return int(value or getattr(config, name, None) or 1)
+    def prefill(
+        self,
+        *,
+        input_ids: Int[Tensor, "row seq"],
+        attention_mask: Int[Tensor, "row seq"] | None = None,
+        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        task: str | Sequence[str] | None = None,
+    ) -> PromptCache:
+        """Run a prompt, or a prefix that many share, and keep it for `generate(prompt_cache=)`.
 
-        prompt = {key: inputs[key] for key in _PROMPT if inputs.get(key) is not None}
-        if "input_ids" in prompt and "attention_mask" not in prompt:
-            prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
-            inputs["attention_mask"] = prompt["attention_mask"]
-        routing, _, _ = self._routing(prompt, weights, task, None)
-        times = max(setting("num_beams"), setting("num_return_sequences"))
-        with routed(routing.repeated(times)):
-            return self.model.generate(**inputs)  # type: ignore[operator]
+        The weights are decided here, from the prefix unless given, and hold for all that goes on
+        from it. One row serves any number of prompts, else there is one for each.
+        """
+        return prefill(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            weights=weights,
+            task=task,
+        )
 
     def merged(
         self, weights: Tensor | Mapping[str, float] | Sequence[float], *, head: str | None = None
@@ -311,6 +596,70 @@ class TwinModel(nn.Module):
         from .export import DenseMerge
 
         return DenseMerge(self).at(self._as_weights(weights, 1)[0], head)
+
+    def pipeline(self, task: str, **options: Any) -> Any:
+        """`transformers.pipeline(task, model=self, **options)` with the artifact's tokenizer.
+
+        Tasks: those of `pipelines.TASKS`. Labels are those of the row's own expert. The pipeline
+        also takes `weights=`, `head=` and, when called, `task=`.
+        """
+        from .pipelines import make
+
+        return make(self, task, **options)
+
+    # ------------------------------------------------------------------ saving
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, **options: Any) -> TwinModel:
+        """`twinmerge.load`: a folder or hub id; options are those of `load`."""
+        from .load import load
+
+        return load(folder, **options)
+
+    def save_pretrained(self, folder: Path | str, *, overwrite: bool = False) -> Path:
+        """Write the artifact to another folder, which appears when it is whole.
+
+        Files are copied and compared with the manifest's digests; the router is written as it is in
+        memory. What is stored is the artifact, in the dtypes that it has on disk, whatever dtype
+        the model runs in. `overwrite` replaces an artifact, never anything else. To the folder
+        that it came from nothing is written. Raises `OutputError` if the place is taken or full,
+        `CorruptArtifact` if the files were changed since the model was loaded.
+        """
+        from .saving import save
+
+        return save(self, folder, overwrite=overwrite)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the artifact, as `save_pretrained` writes it, in one commit; its address.
+
+        repo_id:  `org/name`; made if it is not there
+        revision: a branch; made if it is not there
+
+        Weight files in the repository that this artifact does not have are deleted. Raises
+        `OutputError` if the hub refuses, is out of reach, or there is no token.
+        """
+        from .saving import push
+
+        return push(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    # ------------------------------------------------------------------ answers in words
 
     def answers(self, output: TwinOutput) -> list[Answer]:
         """The rows of a classification or regression output, in words.
@@ -341,9 +690,6 @@ class TwinModel(nn.Module):
         return out
 
 
-_PROMPT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-
-
 def _give_padding(tokenizer: Any, config: Any) -> None:
     """A tokenizer without a padding token (Llama, GPT-2) gets the model's, else the end token."""
     if tokenizer.pad_token_id is None:
@@ -357,10 +703,65 @@ def _tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
 
 
+def _output(output: Any, decided: Decided) -> TwinOutput:
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    if any(isinstance(value, PerRow) for value in tree_flatten(values)[0]):
+        raise NotRowWise("an output never met the batch")
+    cache = getattr(output, CACHE, None)
+    if cache is not None:
+        tag(cache, decided.weights)
+    return TwinOutput(
+        logits=getattr(output, "logits", None),
+        weights=decided.weights,
+        expert=decided.expert,
+        model_output=output,
+        dropped=decided.dropped,
+        plan=decided.way,
+    )
+
+
+def _check_images(inputs: Mapping[str, Any], batch: int, weights: Weights) -> None:
+    """Each row has one image where rows have other weights: else whose it is cannot be told."""
+    images = inputs.get("pixel_values")
+    if not isinstance(images, Tensor) or (len(images) == batch and images.ndim > 2):
+        return  # of two axes: patches of all images
+    if bool((weights != weights[0]).any()):
+        raise InputError(
+            f"pixel_values: {tuple(images.shape)} does not have one image for each of {batch} "
+            "rows, so which weights an image runs with cannot be told. Expected that, or one "
+            "weighting for the whole batch."
+        )
+
+
+def _tokens(inputs: Mapping[str, Any]) -> int:
+    """Tokens of a row, as far as the inputs tell; an image's patches are not counted."""
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim > 1 else 0
+
+
+_OF_TEXT = (
+    *("attention_mask", "token_type_ids", "position_ids", "decoder_input_ids"),
+    *("decoder_attention_mask", "decoder_inputs_embeds"),
+)
+"""Inputs that have the rows of the text, or one row for all."""
+
+
 def _batch_size(inputs: Mapping[str, Any]) -> int:
+    """Rows of the batch. Raises `InputError` if inputs of text differ in it."""
     for name in ("input_ids", "inputs_embeds", "pixel_values"):
-        if isinstance(inputs.get(name), Tensor):
-            return int(inputs[name].shape[0])
+        if not isinstance(inputs.get(name), Tensor):
+            continue
+        batch = int(inputs[name].shape[0])
+        for other in _OF_TEXT if name != "pixel_values" else ():
+            value = inputs.get(other)
+            if not isinstance(value, Tensor) or value.ndim < 2:
+                continue
+            rows = value.shape[-2 if other == "position_ids" else 0]  # (kind, batch, seq)
+            if rows not in (1, batch):
+                raise InputError(
+                    f"{other}: has {rows} rows, {name} has {batch}. Expected as many, or one."
+                )
+        return batch
     given = ", ".join(sorted(inputs)) or "nothing"
     raise InputError(
         f"expected input_ids, inputs_embeds or pixel_values (a tensor, batch first), got {given}. "

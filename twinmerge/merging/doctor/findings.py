@@ -59,15 +59,16 @@ def folded(findings: Sequence[Finding]) -> list[Finding]:
 def fits(plan: Plan | None, base: Checkpoint, experts: Sequence[Expert]) -> Iterator[Finding]:
     if plan is None:
         return
-    kinds = {kind: [t.name for t in plan.tensors if t.kind == kind] for kind in ("head", "buffer")}
+    heads = [t.name for t in plan.tensors if t.kind == "head"]
+    buffers = [t.name for t in plan.tensors if t.kind == "buffer" and not t.running]
     merged = sum(t.kind in ("matrix", "vector") for t in plan.tensors)
     yield Finding(
         "ok",
         "models",
         f"{len(experts)} experts fit the base: {merged} tensors are merged, "
-        f"{len(kinds['head'])} head tensors kept whole ({plan.model_class}).",
+        f"{len(heads)} head tensors kept whole ({plan.model_class}).",
     )
-    for name in kinds["buffer"]:
+    for name in buffers:
         value = base.read(name)
         for expert in experts:
             try:

@@ -27,7 +27,7 @@ from ...artifact.format import MANIFEST, ROUTER, RouterRecord
 from ...artifact.reader import Artifact
 from ...artifact.tensorfile import record
 from ...artifact.writer import explained, replace_text
-from ...data import Text, batches, encode, sample, token_limit
+from ...data import Chat, Text, batches, encode, sample, token_limit
 from ...errors import InputError, OutputError
 from ...recipe import Router
 from ..load import load
@@ -64,7 +64,7 @@ class _Fitted:
 
 def fit_router(
     folder: Path | str,
-    texts: Mapping[str, Sequence[Text | str]],
+    texts: Mapping[str, Sequence[Text | Chat | str]],
     settings: Router | None = None,
     *,
     max_tokens: int | None = None,
@@ -72,7 +72,8 @@ def fit_router(
 ) -> RouterRecord:
     """Fit the router of an artifact on texts of every expert, and store it there.
 
-    texts: expert name -> texts (strings) or pairs (tuples of two) like those that the expert is for
+    texts: expert name -> texts like those that the expert is for: strings, pairs (tuples of two) or
+        chats (`data.chat_of`)
     max_tokens: longer texts are cut to this many tokens; default 512, or what the model takes
 
     The feature layer (unless set) is the earliest whose held-out accuracy is within one standard
@@ -86,7 +87,7 @@ def fit_router(
 
 def _fit_router(
     folder: Path,
-    texts: Mapping[str, Sequence[Text | str]],
+    texts: Mapping[str, Sequence[Text | Chat | str]],
     settings: Router | None,
     max_tokens: int | None,
     progress: Progress | None,
@@ -96,7 +97,7 @@ def _fit_router(
     _check_rows(texts, model.experts)
     limit = token_limit(model, max_tokens)
     rows = [
-        (expert, (text,) if isinstance(text, str) else tuple(text))
+        (expert, _item(text))
         for expert in model.experts
         for text in sample(texts[expert], settings.rows_per_task, settings.seed)
     ]
@@ -151,7 +152,13 @@ def choose_layer(accuracy: Mapping[int, float], rows: int) -> int:
     return min(layer for layer, value in accuracy.items() if value >= best - margin)
 
 
-def _check_rows(texts: Mapping[str, Sequence[Text | str]], experts: Sequence[str]) -> None:
+def _item(text: Text | Chat | str) -> Text | Chat:
+    if isinstance(text, Chat):
+        return text
+    return (text,) if isinstance(text, str) else tuple(text)
+
+
+def _check_rows(texts: Mapping[str, Sequence[Text | Chat | str]], experts: Sequence[str]) -> None:
     for expert in experts:
         count = len(texts.get(expert, ()))
         if count < 5:
@@ -166,7 +173,7 @@ def _check_rows(texts: Mapping[str, Sequence[Text | str]], experts: Sequence[str
 
 def _features(
     model: TwinModel,
-    texts: Sequence[Text],
+    texts: Sequence[Text | Chat],
     layers: list[int],
     limit: int,
     progress: Progress | None,
@@ -188,11 +195,12 @@ def _features(
 
 
 def _split(
-    texts: Sequence[Text], truth: Tensor, experts: Sequence[str], settings: Router
+    texts: Sequence[Text | Chat], truth: Tensor, experts: Sequence[str], settings: Router
 ) -> _Split:
     """A share of each expert's rows held out; equal texts stay on one side."""
     draw = torch.Generator().manual_seed(settings.seed)
-    joined = [" ".join(text).lower() for text in texts]
+    said = [text.text if isinstance(text, Chat) else text for text in texts]
+    joined = [" ".join(text).lower() for text in said]
     keys = [re.sub(r"\W+", " ", text).strip() or text for text in joined]
     held_keys: set[str] = set()
     for expert in truth.unique().tolist():
