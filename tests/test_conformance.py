@@ -20,6 +20,7 @@ from tiny import (
     EXPERTS,
     adapter,
     batch_of,
+    by_towers,
     inherit,
     made,
     merge,

@@ -30,8 +30,10 @@ from twinmerge.merging.copies import _chat_template
 from twinmerge.recipe import Router
 from twinmerge.runtime.answer import answer_texts
 from twinmerge.runtime.load import load
+from twinmerge.runtime.per_row import Ambiguous, NotRowWise
 from twinmerge.runtime.router.fit import fit_router
 from twinmerge.runtime.router.mlp import RouterMLP
+from twinmerge.runtime.routing import Mix, Routing, current, routed
 
 DECODERS = ["llama", "gpt2", "qwen3", "gemma"]
 ENCODED = ["t5", "bart"]
@@ -297,6 +299,64 @@ def test_routing_in_the_pass_of_the_prompt_decides_as_a_pass_of_its_own(zoo, mon
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("name", ENCODED)
+def test_what_an_encoder_gave_before_is_generated_from(name, zoo, monkeypatch):
+    twin, inputs = routed_by_hand(load(zoo.artifact(name, 3)), layer=0), prompts_of(name)
+    weights = twin.route(**inputs)
+    with routed(twin.decide(inputs, weights=weights).routing):
+        encoded = twin.model.get_encoder()(**inputs)
+    mask = {"attention_mask": inputs["attention_mask"], "encoder_outputs": encoded}
+    twin.untouched_layers = 0  # the router would read on the way, and nothing passes there
+    for options in (CALLS, CALLS | {"num_beams": 2}):
+        want = twin.generate(weights=weights, **inputs, **options)
+        assert torch.equal(twin.generate(**inputs, encoder_outputs=encoded, **options), want)
+        assert torch.equal(twin.generate(weights=weights, **mask, **options), want)
+    with pytest.raises(InputError, match="expected a prompt .input_ids=. for the router to read"):
+        twin.generate(**mask, **CALLS)
+    monkeypatch.setattr(twin.planner, "mixes_rows", "for this test")
+    some = weights[[0, 1, 0]]
+    with routed(Routing(Mix(some, (0, 1, 2)), None, 3)):
+        encoded = twin.model.get_encoder()(**inputs)
+    want = twin.generate(weights=some, **inputs, **CALLS)
+    assert torch.equal(
+        twin.generate(weights=some, **mask | {"encoder_outputs": encoded}, **CALLS), want
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}]
+)
+def test_a_function_of_allowed_tokens_is_told_the_rows_number(options, zoo, monkeypatch):
+    twin, inputs = zoo.twin("llama", 3), prompts_of("llama", rows=4)
+    each = options.get("num_return_sequences", 1)
+    weights = weights_of(2)[[0, 1, 0, 1]]
+    calls = CALLS | options | {"prefix_allowed_tokens_fn": lambda place, ids: [10 + place]}
+    want = twin.generate(weights=weights, **inputs, **calls)
+    assert want[:, -1].tolist() == [10 + place for place in range(4 * each)]
+    monkeypatch.setattr(twin.planner, "mixes_rows", "for this test")
+    assert torch.equal(twin.generate(weights=weights, **inputs, **calls), want)
+
+
+def test_generation_splits_for_good_only_where_that_helps(zoo):
+    twin, inputs = load(zoo.artifact("llama", 3)), prompts_of("llama")
+    want = twin.generate(weights=weights_of(3), **inputs, **CALLS)
+    problem: list[Exception] = [Ambiguous("the.layer: cannot tell")]
+
+    def refuse(*_) -> None:
+        if not current().mix.one:
+            raise problem[0]
+
+    twin.model.model.layers[1].register_forward_pre_hook(refuse)
+    assert torch.equal(twin.generate(weights=weights_of(3), **inputs, **CALLS), want)
+    assert twin.planner.mixes_rows is None
+    problem[0] = NotRowWise("the.layer: seen late")
+    with pytest.raises(InputError, match="streamer=: LlamaForCausalLM runs one weighting"):
+        twin.generate(weights=weights_of(3), **inputs, **CALLS, streamer=True)
+    assert twin.planner.mixes_rows is None
+    assert torch.equal(twin.generate(weights=weights_of(3), **inputs, **CALLS), want)
+    assert twin.planner.mixes_rows == "the.layer: seen late"
+
+
 # ---------------------------------------------------------------------------- prompt caching
 
 
@@ -476,6 +536,24 @@ def test_a_forward_with_a_cache_runs_with_the_weights_that_made_it(zoo):
     torch.testing.assert_close(got.logits[:, 0], whole.logits[:, -1], rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="A cache is valid for the weights that it was made with"):
         twin(**next_, past_key_values=kept, task="law")
+
+
+def test_what_is_dropped_holds_for_the_cache_too(zoo):
+    twin, inputs, weights = zoo.twin("llama", 3), prompts_of("llama"), weights_of(3)
+    more = {"input_ids": torch.tensor([[5], [6], [7]])}
+    plain = twin(weights=weights, use_cache=True, input_ids=inputs["input_ids"])
+    for options in ({"top_k": 1}, {"threshold": 0.5}):
+        with pytest.raises(InputError, match="A cache is valid for the weights that it was made"):
+            twin(**more, past_key_values=plain.past_key_values, **options)
+        first = twin(weights=weights, input_ids=inputs["input_ids"], use_cache=True, **options)
+        kept = copy.deepcopy(first.past_key_values)
+        again = twin(**more, past_key_values=first.past_key_values, weights=weights, **options)
+        assert torch.equal(again.weights, first.weights)
+        assert torch.equal(again.dropped, first.dropped)
+        rest = twin(**more, past_key_values=copy.deepcopy(kept))
+        told = twin(**more, past_key_values=kept, **options)
+        assert torch.equal(again.logits, rest.logits) and torch.equal(told.logits, rest.logits)
+        assert torch.equal(rest.weights, first.weights) and not told.dropped.any()
 
 
 # --------------------------------------------------------------------------- answers of `run`

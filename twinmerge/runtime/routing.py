@@ -45,7 +45,7 @@ class Store:
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for _, tensor in self._kept.values())
+        return sum(tensor.nbytes for _, tensor in list(self._kept.values()))
 
 
 GATHER = 48
