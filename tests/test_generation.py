@@ -13,6 +13,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,25 +303,26 @@ def test_routing_in_the_pass_of_the_prompt_decides_as_a_pass_of_its_own(zoo, mon
 @pytest.mark.parametrize("name", ENCODED)
 def test_what_an_encoder_gave_before_is_generated_from(name, zoo, monkeypatch):
     twin, inputs = routed_by_hand(load(zoo.artifact(name, 3)), layer=0), prompts_of(name)
-    weights = twin.route(**inputs)
-    with routed(twin.decide(inputs, weights=weights).routing):
-        encoded = twin.model.get_encoder()(**inputs)
-    mask = {"attention_mask": inputs["attention_mask"], "encoder_outputs": encoded}
+
+    def encoded(routing: Routing) -> dict:  # anew each time: beams repeat its rows in place
+        with routed(routing):
+            return {"encoder_outputs": twin.model.get_encoder()(**inputs)}
+
+    weights, mask = twin.route(**inputs), {"attention_mask": inputs["attention_mask"]}
+    mixed = Routing(Mix(weights, (0, 1, 2)), None, 3)
     twin.untouched_layers = 0  # the router would read on the way, and nothing passes there
     for options in (CALLS, CALLS | {"num_beams": 2}):
         want = twin.generate(weights=weights, **inputs, **options)
-        assert torch.equal(twin.generate(**inputs, encoder_outputs=encoded, **options), want)
-        assert torch.equal(twin.generate(weights=weights, **mask, **options), want)
+        assert torch.equal(twin.generate(**inputs, **encoded(mixed), **options), want)
+        got = twin.generate(weights=weights, **mask, **encoded(mixed), **options)
+        assert torch.equal(got, want)
     with pytest.raises(InputError, match="expected a prompt .input_ids=. for the router to read"):
-        twin.generate(**mask, **CALLS)
-    monkeypatch.setattr(twin.planner, "mixes_rows", "for this test")
+        twin.generate(**mask, **encoded(mixed), **CALLS)
     some = weights[[0, 1, 0]]
-    with routed(Routing(Mix(some, (0, 1, 2)), None, 3)):
-        encoded = twin.model.get_encoder()(**inputs)
     want = twin.generate(weights=some, **inputs, **CALLS)
-    assert torch.equal(
-        twin.generate(weights=some, **mask | {"encoder_outputs": encoded}, **CALLS), want
-    )
+    monkeypatch.setattr(twin.planner, "mixes_rows", "for this test")
+    given = encoded(Routing(Mix(some, (0, 1, 2)), None, 3))
+    assert torch.equal(twin.generate(weights=some, **mask, **given, **CALLS), want)
 
 
 @pytest.mark.parametrize(
@@ -350,8 +352,9 @@ def test_generation_splits_for_good_only_where_that_helps(zoo):
     assert torch.equal(twin.generate(weights=weights_of(3), **inputs, **CALLS), want)
     assert twin.planner.mixes_rows is None
     problem[0] = NotRowWise("the.layer: seen late")
+    streamer = SimpleNamespace(put=lambda tokens: None, end=lambda: None)
     with pytest.raises(InputError, match="streamer=: LlamaForCausalLM runs one weighting"):
-        twin.generate(weights=weights_of(3), **inputs, **CALLS, streamer=True)
+        twin.generate(weights=weights_of(3), **inputs, **CALLS, streamer=streamer)
     assert twin.planner.mixes_rows is None
     assert torch.equal(twin.generate(weights=weights_of(3), **inputs, **CALLS), want)
     assert twin.planner.mixes_rows == "the.layer: seen late"

@@ -267,6 +267,9 @@ class Towers:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.twin, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(self.twin, name)
+
     def __call__(self, pixel_values: Tensor, plan: str = "auto", **text: Any) -> Any:
         texts = self.twin.get_text_features(plan=plan, **text)
         # Images run with what the texts run with.
