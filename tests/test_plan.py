@@ -825,3 +825,24 @@ def test_nothing_is_left_of_a_routing_after_a_dry_run():
     with routed(None):
         dry_run(twin_of(FINE["a layer"], "layer"), 3)
         assert current() is None
+
+
+def test_a_lowered_keep_frees_what_was_kept():
+    planner = Planner(keep=2)
+    stores = [key_of(planner, w, way="merged") for w in (ALIKE, ONE_EACH[:1])]
+    assert stores[0] is not stores[1] and len(planner._stores) == 2
+    planner.keep = 0
+    key_of(planner, ALIKE, way="merged")
+    assert len(planner._stores) == 0
+
+
+@pytest.mark.parametrize("name", ["tasks", "tsk", "topk", "weight", "treshold"])
+def test_a_misspelt_option_is_not_an_input(name, zoo):
+    twin, inputs = zoo.twin("bert"), batch_of(EVERY["bert"])
+    with pytest.raises(InputError, match=f"{name}=: no such option. Did you mean"):
+        twin(**inputs, **{name: "math"})
+
+
+def test_inputs_by_position_are_answered_with_what_to_do(zoo):
+    with pytest.raises(InputError, match="expected inputs by name, got a str by position. Token"):
+        zoo.twin("bert")("a text")

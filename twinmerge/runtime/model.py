@@ -392,7 +392,7 @@ class TwinModel(nn.Module):
 
     def forward(
         self,
-        *,
+        *unnamed: Any,
         weights: Tensor | Mapping[str, float] | Sequence | None = None,
         task: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
@@ -418,6 +418,12 @@ class TwinModel(nn.Module):
         a cache of other weights, `RouterError` without a router, `UnsupportedModel` for texts and
         images of several weightings that are compared with each other (CLIP).
         """
+        if unnamed:
+            raise InputError(
+                f"expected inputs by name, got a {type(unnamed[0]).__name__} by position. Tokenize "
+                "text first: model(**model.tokenizer(texts, return_tensors='pt', padding=True))."
+            )
+        self._check_names(inputs)
         if inputs.get("labels") is not None:
             raise InputError(
                 "labels=: no loss is defined over rows with different heads. Compute it from "
@@ -439,6 +445,14 @@ class TwinModel(nn.Module):
     def get_image_features(self, **inputs: Any) -> TwinOutput:
         """The image tower's features, of a model of two towers (CLIP); else as `forward`."""
         return self._tower("get_image_features", inputs)
+
+    def _check_names(self, inputs: Mapping[str, Any]) -> None:
+        """A misspelt option of ours must not pass for an input that the task model ignores."""
+        taken = inspect.signature(self.model.forward).parameters
+        for name in inputs:
+            hint = did_you_mean(name, _OPTIONS) if name not in taken else ""
+            if hint:
+                raise InputError(f"{name}=: no such option.{hint} Options: {', '.join(_OPTIONS)}.")
 
     def _tower(self, method: str, inputs: dict[str, Any]) -> TwinOutput:
         call = getattr(self.model, method, None)
@@ -688,6 +702,9 @@ class TwinModel(nn.Module):
             best = int(scores.argmax())
             out.append(Answer(name, float(weights[index]), names[best], float(scores[best])))
         return out
+
+
+_OPTIONS = ["weights", "task", "head", "top_k", "threshold", "plan"]
 
 
 def _give_padding(tokenizer: Any, config: Any) -> None:

@@ -158,6 +158,8 @@ class Planner:
         """Where this weighting is kept merged; None if it is not worth it yet."""
         with self._lock:
             again, self._last = key == self._last, key
+            while len(self._stores) > self.keep:  # `keep` was lowered
+                self._stores.popitem(last=False)
             if key in self._stores:
                 self._stores.move_to_end(key)
                 return self._stores[key]
