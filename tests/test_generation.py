@@ -522,6 +522,24 @@ def test_a_cache_made_with_other_weights_is_refused(zoo):
         twin.generate(rows.sequences[:2], past_key_values=rows.past_key_values, **CALLS)
 
 
+def test_a_cache_of_another_artifact_or_dtype_is_refused(zoo):
+    """Of the same names, base and weights: only what the experts are differs."""
+    one, other = load(zoo.artifact("llama", 3)), load(zoo.artifact("llama"))
+    inputs = row(prompts_of("llama"), 0)
+    prefix = one.prefill(task="math", **inputs)
+    asked = torch.cat([inputs["input_ids"], torch.tensor([[5]])], dim=1)
+    assert one.generate(asked, prompt_cache=prefix, **CALLS).shape == (1, 13)
+    assert load(one.folder).generate(asked, prompt_cache=prefix, **CALLS).shape == (1, 13)
+    with pytest.raises(InputError, match="prompt_cache=: was made by a model of another artifact"):
+        other.generate(asked, prompt_cache=prefix, **CALLS)
+    for call in (other, other.generate):
+        cache = copy.deepcopy(prefix.cache)
+        with pytest.raises(InputError, match="past_key_values=: was made by a model of another"):
+            call(input_ids=asked, past_key_values=cache, task="math")
+    with pytest.raises(InputError, match="was made in torch.float32, this model runs in torch.bf"):
+        load(one.folder, dtype="bfloat16").generate(asked, prompt_cache=prefix, **CALLS)
+
+
 def test_a_forward_with_a_cache_runs_with_the_weights_that_made_it(zoo):
     twin = routed_by_hand(load(zoo.artifact("llama", 3)))
     inputs = prompts_of("llama")

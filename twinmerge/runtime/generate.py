@@ -38,6 +38,7 @@ Given = Tensor | Mapping[str, float] | Sequence | None
 
 CACHE = "past_key_values"
 _TAG = "_twinmerge_weights"
+_ORIGIN = "_twinmerge_origin"
 # What a prompt may consist of, and the router may read.
 _PROMPT = (
     "input_ids",
@@ -145,7 +146,7 @@ def prefill(
     cache = getattr(output, CACHE, None)
     if cache is None:
         raise InputError(f"{type(twin.model).__name__} gave no {CACHE}: it has none to keep.")
-    tag(cache, decided.weights)
+    tag(twin, cache, decided.weights)
     return PromptCache(cache, decided.weights, input_ids, mask)
 
 
@@ -191,12 +192,13 @@ def _generated(
     twin: TwinModel, routing: Routing, weights: Weights, times: int, options: dict[str, Any]
 ) -> Any:
     if options.get(CACHE) is not None:  # filled while it runs, also if it stops half-way
-        tag(options[CACHE], weights.repeat_interleave(times, dim=0))
+        tag(twin, options[CACHE], weights.repeat_interleave(times, dim=0))
     if times > 1 and _encodes(twin):
         with routed(routing):
             options = options | _encoded(twin, options)
     with routed(_expanded(routing, times)):
-        return _tagged(twin.model.generate(**options), weights, times)  # type: ignore[operator]
+        output = twin.model.generate(**options)  # type: ignore[operator]
+    return _tagged(twin, output, weights, times)
 
 
 def _expanded(routing: Routing, times: int) -> Routing:
@@ -220,10 +222,10 @@ def _encoded(twin: TwinModel, options: dict[str, Any]) -> dict[str, Any]:
     return {"encoder_outputs": encoder(**given, return_dict=True)}
 
 
-def _tagged(output: Any, weights: Weights, times: int) -> Any:
+def _tagged(twin: TwinModel, output: Any, weights: Weights, times: int) -> Any:
     cache = getattr(output, CACHE, None)
     if cache is not None:
-        tag(cache, weights.repeat_interleave(times, dim=0))
+        tag(twin, cache, weights.repeat_interleave(times, dim=0))
     return output
 
 
@@ -259,7 +261,7 @@ def _routing(twin: TwinModel, prompt: dict[str, Any], times: int, options: dict[
             output = twin.model.generate(**options)  # type: ignore[operator]
     except NotRowWise:  # seen in no dry run, and now once more where the weights are known
         return _run(twin, prompt, found[0].weights, None, times, options)
-    return _tagged(output, found[0].weights, times)
+    return _tagged(twin, output, found[0].weights, times)
 
 
 def _go_on(
@@ -278,6 +280,7 @@ def _go_on(
             f"prompt_cache=: expected whole prompts as input_ids=, and no {CACHE}= or "
             f"inputs_embeds= beside it, got {', '.join(sorted(options))}."
         )
+    _check_origin(twin, prefix.cache, "prompt_cache")
     rows = len(prefix.input_ids)
     if rows not in (1, batch):
         raise InputError(
@@ -354,9 +357,25 @@ def _with_prompts(output: Any, ids: Tensor, width: int) -> Any:
 # ------------------------------------------------------------------------- caches and their weights
 
 
-def tag(cache: Any, weights: Float[Tensor, "row expert"]) -> None:
-    """Write into a cache what it is made with. A copy of the cache has it too."""
+def tag(twin: TwinModel, cache: Any, weights: Float[Tensor, "row expert"]) -> None:
+    """Write into a cache what it is made with, and by. A copy of the cache has it too."""
     setattr(cache, _TAG, weights)
+    setattr(cache, _ORIGIN, twin.origin)
+
+
+def _check_origin(twin: TwinModel, cache: Any, name: str) -> None:
+    """A cache is of one artifact's tensors, in one dtype."""
+    files, dtype = getattr(cache, _ORIGIN, twin.origin)
+    own_files, own_dtype = twin.origin
+    if files != own_files:
+        raise InputError(
+            f"{name}=: was made by a model of another artifact than {twin.folder}, so it is not "
+            "valid here. Run the prompt with this model."
+        )
+    if dtype != own_dtype:
+        raise InputError(
+            f"{name}=: was made in {dtype}, this model runs in {own_dtype}. Run the prompt again."
+        )
 
 
 def cached_weights(
@@ -370,12 +389,13 @@ def cached_weights(
 ) -> Weights | None:
     """The weights that a cache of `rows` rows demands; None if it demands none.
 
-    An empty cache demands none. Raises `InputError` if a call asks for other weights, also by
-    dropping some of the cache's, and where nobody knows the cache's and the call would leave them
-    to the router.
+    An empty cache demands none. Raises `InputError` for a cache of another artifact or dtype, if a
+    call asks for other weights, also by dropping some of the cache's, and where nobody knows the
+    cache's and the call would leave them to the router.
     """
     if cache is None or int(cache.get_seq_length()) == 0:
         return None
+    _check_origin(twin, cache, CACHE)
     known = getattr(cache, _TAG, None)
     if known is None:
         if weights is None and task is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..artifact.format import ExpertRecord, Manifest, RouterRecord
+from ..artifact.format import ROUTER, ExpertRecord, Manifest, RouterRecord
 from ..errors import InputError, RouterError, UnsupportedModel, did_you_mean
 from .cost import plan_costs
 from .generate import CACHE, PromptCache, cached_weights, generate, prefill, tag
@@ -170,6 +171,17 @@ class TwinModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """In which the shared expert runs."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
+    def origin(self) -> tuple[str, torch.dtype]:
+        """Digest of the weight files, and the dtype: what a key-value cache is valid for."""
+        return self._weights_digest, self.dtype
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        files = self.manifest.files.items()
+        kept = sorted((name, record.sha256) for name, record in files if name != ROUTER)
+        return sha256(repr(kept).encode()).hexdigest()
 
     @property
     def device(self) -> torch.device:
@@ -479,7 +491,7 @@ class TwinModel(nn.Module):
             decided = self.decide(inputs, **given, **options)
             if decided.way != "split":
                 with routed(decided.routing):
-                    return _output(call(**inputs), decided)
+                    return _output(self, call(**inputs), decided)
         except NotRowWise as seen:  # in no dry run
             if options["plan"] != "auto" or inputs.get("past_key_values") is not None:
                 raise
@@ -499,7 +511,7 @@ class TwinModel(nn.Module):
         output = run_split(call, inputs, cut, len(decided.weights), heads=self._has_heads)
         if problem is not None and call is self.model:
             self.planner.noted(problem)
-        return _output(output, decided)
+        return _output(self, output, decided)
 
     def _on_the_way(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the router can read its features off the forward that it routes.
@@ -531,7 +543,7 @@ class TwinModel(nn.Module):
             reading = self._routes(cell, inputs, head, options, found)
             with reading:
                 output = call(**inputs)
-        return _output(output, found[0])
+        return _output(self, output, found[0])
 
     def _routes(
         self,
@@ -720,13 +732,13 @@ def _tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
 
 
-def _output(output: Any, decided: Decided) -> TwinOutput:
+def _output(twin: TwinModel, output: Any, decided: Decided) -> TwinOutput:
     values = list(output.values()) if isinstance(output, Mapping) else output
     if any(isinstance(value, PerRow) for value in tree_flatten(values)[0]):
         raise NotRowWise("an output never met the batch")
     cache = getattr(output, CACHE, None)
     if cache is not None:
-        tag(cache, decided.weights)
+        tag(twin, cache, decided.weights)
     return TwinOutput(
         logits=getattr(output, "logits", None),
         weights=decided.weights,
