@@ -161,13 +161,19 @@ class Factors(Part):
     def before(self, bias: Tensor | None, x: Tensor, mix: Mix) -> Tensor:
         """bias + Σ_t w_t D_t x where rows gather: (row, ..., out), to which W_s x is then added.
 
-        In this order each output is written twice, not three times.
+        In this order each output is written twice, not three times. The bias is one more component,
+        of weight 1, where there are tokens enough to pay for laying it beside the others.
         """
         z, bt = self._gathered(x, mix)
         if bias is None:
             y = torch.bmm(z, bt)
         else:
-            y = torch.baddbmm(bias.view(-1, 1, bias.shape[-1]), z, bt)
+            bias = bias.view(-1, 1, bias.shape[-1])
+            if z.shape[1] > 2 * z.shape[2]:
+                z = torch.cat([z, z.new_ones(1, 1, 1).expand(*z.shape[:2], 1)], dim=2)
+                y = torch.bmm(z, torch.cat([bt, bias.expand(len(bt), 1, -1)], dim=1))
+            else:
+                y = torch.baddbmm(bias, z, bt)
         return y.view(*x.shape[:-1], -1)
 
     def conv(

@@ -38,7 +38,7 @@ Way = Literal["auto", "merged", "uniform", "selected", "stacked", "split"]
 """What a caller may ask for."""
 
 
-SPLIT = 4
+SPLIT = 5
 """A batch is cut by weighting where each has this many times the tokens from which merging pays."""
 
 
