@@ -38,7 +38,7 @@ from twinmerge.errors import CheckpointError, MissingTensor, NotFinite, RecipeEr
 from twinmerge.merging import stream, work
 from twinmerge.merging.build import build
 from twinmerge.merging.plan import make_plan
-from twinmerge.recipe import Recipe
+from twinmerge.recipe import Recipe, load_recipe
 from twinmerge.runtime.load import load
 
 # -------------------------------------------------------------------------- every tensor
@@ -757,6 +757,18 @@ def test_the_recipe_is_kept_as_it_was_written(zoo, tmp_path, monkeypatch):
     assert manifest.base == "base" and [e.reference for e in manifest.experts] == ["math", "code"]
     assert (tmp_path / "out" / "recipe.yaml").read_text() == written.to_yaml()
     assert str(folder) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_a_recipes_paths_count_from_its_file_also_from_python(zoo, tmp_path, monkeypatch):
+    made = zoo.made("bert")
+    file = Path(made.base).parent / "beside.yaml"
+    file.write_text(recipe("base", {"math": "./math", "code": "./code"}).to_yaml())
+    monkeypatch.chdir(tmp_path)
+    build(load_recipe(file), "out")
+    manifest = Artifact(tmp_path / "out").manifest
+    assert manifest.base == "base" and [e.name for e in manifest.experts] == ["math", "code"]
+    moved = load_recipe(file).resolved(tmp_path)  # nothing is there: as written
+    assert moved.located().base_model == "base"
 
 
 def test_a_base_with_a_head_of_its_own_serves_experts_with_other_heads(zoo, tmp_path):

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from scipy.stats import binomtest
 from texts import EXPERTS, LABELS, as_row, sentences, write_rows
 
+import twinmerge
 from twinmerge import cli, show
 from twinmerge.artifact.reader import Artifact
 from twinmerge.data import read_rows
@@ -186,6 +188,13 @@ def test_options_of_fit_router_win_over_the_recipe(call, bench, tmp_path):
     assert done.code == 0 and list(entry.accuracy_by_layer) == [1]
     assert sum(entry.rows.values()) + entry.held_out_rows == 30
     assert f"{entry.held_out_accuracy:.1%} of {entry.held_out_rows} held-out rows" in done.out
+    low, high = binomial(entry.held_out_accuracy, entry.held_out_rows)
+    assert f"(which tells {low:.1%} to {high:.1%})" in done.out
+
+
+def binomial(rate: float, rows: int) -> tuple[float, float]:
+    found = binomtest(round(rate * rows), rows).proportion_ci(0.95, method="wilson")
+    return found.low, found.high
 
 
 def test_tasks_that_are_no_expert_are_noted_on_stderr(call, bench, tmp_path):
@@ -283,6 +292,28 @@ def test_columns_called_as_ours_are_renamed_in_every_row_also_of_a_regression(ca
         line = call("run", bench.plain, "--task", task, stdin=stdin).lines[0]
         assert {key: line[f"input_{key}"] for key in ours} == ours and line["id"] == 7
         assert "truncated" not in line and ("score" in line) == (task == "math")
+
+
+def test_a_dtype_is_what_the_model_runs_in(call, bench):
+    whole, half, wrong = (
+        call("run", bench.routed, "--dtype", name, stdin=b"good\n")
+        for name in ("auto", "bfloat16", "int8")
+    )
+    assert whole.code == half.code == 0
+    assert whole.json["score"] != half.json["score"]
+    assert whole.json["score"] == pytest.approx(half.json["score"], rel=0.05)
+    assert wrong.code == 1 and "dtype='int8': expected a float dtype" in wrong.err
+
+
+def test_a_column_that_is_no_text_is_told_by_name_and_value(call, bench):
+    done = call("run", bench.routed, stdin=b'{"text": 3}\n')
+    assert done.code == 1
+    assert "a row's column text holds 3 (int); expected text, in quotes" in done.err
+
+
+def test_the_version_is_told(call):
+    done = call("--version")
+    assert done.code == 0 and done.out == f"twinmerge {twinmerge.__version__}\n"
 
 
 def test_columns_name_the_text(call, bench):

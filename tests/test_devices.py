@@ -284,8 +284,8 @@ def test_a_spread_model_is_not_moved_cast_or_pickled(zoo, tmp_path):
     [
         ({"": "cpu", "model.layer.0": "disk"}, "has no module 'model.layer.0'. Its parts: model"),
         ({"model.layers.0": "cpu"}, "The device_map provided does not give any device for"),
-        ({"": "cuda:99"}, "device 'cuda:99': cannot be used here"),
-        ("nowhere", "device 'nowhere': cannot be used here"),
+        ({"": "cuda:99"}, "device cuda:99: cannot be used here"),
+        ("nowhere", "device nowhere: cannot be used here"),
     ],
 )
 def test_a_map_that_does_not_fit_says_where(device_map, said, zoo, tmp_path):

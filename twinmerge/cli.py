@@ -26,6 +26,16 @@ app = typer.Typer(
     """,
 )
 
+
+def _version(asked: bool) -> bool:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"twinmerge {__version__}")
+        raise typer.Exit
+    return asked
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Out = Annotated[Path, typer.Argument(help="The artifact's folder, as `merge` wrote it.")]
@@ -38,11 +48,21 @@ TopK = Annotated[
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option(help="Leave out weights below this, from 0 to below 1; likewise.", min=0.0),
+    typer.Option(help="Leave out weights below this, from 0 to below 1; likewise."),
 ]
 Columns = Annotated[
     str | None, typer.Option(help="Columns that hold the text, e.g. `premise,hypothesis`.")
 ]
+
+
+@app.callback()
+def _twinmerge(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Say the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -300,6 +320,9 @@ def run(
     max_tokens: MaxTokens = None,
     max_new_tokens: Annotated[int, typer.Option(help="Generation: tokens to add.", min=1)] = 128,
     device: Annotated[str, typer.Option(help="`cpu`, `cuda`, ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="`float32`, `bfloat16`, `float16`; `auto`: as stored.")
+    ] = "auto",
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines: always so.")] = True,
 ) -> None:
@@ -313,6 +336,7 @@ def run(
     from .artifact.reader import Artifact
     from .data import parse_inputs, text_of
     from .runtime.answer import KEYS, answer_texts
+    from .runtime.devices import usable
     from .runtime.load import load
 
     Artifact(out, check=False)  # a wrong folder is told before standard input is waited for
@@ -321,7 +345,7 @@ def run(
     if not rows:
         raise InputError(f"{file or 'standard input'}: no rows to answer.")
     texts = [text_of(row, _columns(columns)) for row in rows]
-    model = load(out, device=_device(device))
+    model = load(out, device=usable(device, "--device"), dtype=dtype)
     with _progress(quiet, "answering") as progress:
         results = answer_texts(
             model,
@@ -485,18 +509,6 @@ def _lines(file: Path | None) -> list[str]:
         raise InputError(f"{where}: cannot be read as UTF-8 text ({problem}).") from None
     # Not splitlines(): JSON strings and plain text may hold U+2028 and its like.
     return text.replace("\r\n", "\n").split("\n")
-
-
-def _device(name: str) -> str:
-    """A device that torch can use here, or an `InputError`."""
-    import torch
-
-    try:
-        torch.empty(1, device=name).add(1)
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used here ({reason}).") from None
-    return name
 
 
 @contextmanager

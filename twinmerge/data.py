@@ -132,6 +132,12 @@ def text_of(row: dict[str, Any], columns: Sequence[str] | None = None) -> Text |
     for names in [tuple(columns)] if columns else COLUMNS:
         if all(isinstance(row.get(name), str) for name in names):
             return tuple(row[name] for name in names)
+    for name in columns or [name for names in COLUMNS for name in names]:
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise InputError(
+                f"a row's column {name} holds {row[name]!r:.40} ({type(row[name]).__name__}); "
+                "expected text, in quotes."
+            )
     known = ", ".join("+".join(names) for names in COLUMNS)
     wanted = "+".join(columns) if columns else f"one of {known}, or a chat in {MESSAGES}"
     raise InputError(

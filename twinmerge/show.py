@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,14 @@ def part_text(result: dict[str, Any]) -> None:
     )
 
 
+def _interval(rows: int, rate: float) -> str:
+    """Where the rate on new rows lies, 95 times in 100 (Wilson, 1927)."""
+    z2 = 1.96**2
+    middle, width = rate + z2 / (2 * rows), sqrt(z2 * (rate * (1 - rate) + z2 / (4 * rows)) / rows)
+    low, high = ((middle + side) / (1 + z2 / rows) for side in (-width, width))
+    return f"{low:.1%} to {high:.1%}"
+
+
 def router_text(result: dict[str, Any]) -> None:
     _table(
         "",
@@ -210,9 +219,10 @@ def router_text(result: dict[str, Any]) -> None:
             for layer, accuracy in result["accuracy_by_layer"].items()
         ],
     )
+    rate, held_out = result["held_out_accuracy"], result["held_out_rows"]
     typer.echo(
-        f"\nrouter: {result['held_out_accuracy']:.1%} of {result['held_out_rows']:,} held-out rows "
-        f"go to their own expert; fitted on {sum(result['rows'].values()):,} rows, "
+        f"\nrouter: {rate:.1%} of {held_out:,} held-out rows go to their own expert (which tells "
+        f"{_interval(held_out, rate)}); fitted on {sum(result['rows'].values()):,} rows, "
         f"{result['bytes']:,} bytes"
     )
     confused = sorted(

@@ -69,7 +69,7 @@ class Artifact:
             raise RouterError(
                 f"{self.folder}: has no router yet, so it cannot choose between its experts. "
                 f"Run 'twinmerge fit-router {self.folder} DATA' first, or say which expert to use "
-                "(task= or weights=)."
+                "(task= or weights=): for models of images, the only way yet."
             )
         if fitted.experts != self.manifest.names:
             raise RouterError(

@@ -24,11 +24,12 @@ def expert_model(
 ) -> PreTrainedModel:
     """One expert of an artifact, from its own checkpoint, as a plain transformers model.
 
-    recipe: the one that the artifact was built from, paths resolved; base: instead of its base
+    recipe: the one that the artifact was built from; base: instead of its base
 
     Raises `CheckpointError` if its folder is gone or does not fill the model, `RecipeError` if the
     recipe has no such expert.
     """
+    recipe = recipe.located()
     record = next(e for e in model.manifest.experts if e.name == name)
     entry = next((e for e in recipe.models if e.name == name), None)
     if entry is None:

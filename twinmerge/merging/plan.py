@@ -156,6 +156,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
     Raises `CheckpointError` and its kinds; every message names the tensor and the expert.
     """
+    recipe = recipe.located()
     base = Checkpoint.open(recipe.base_model)
     experts = [open_expert(entry.name, entry.model, base) for entry in recipe.models]
     for expert in experts:

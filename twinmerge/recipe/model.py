@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from ..errors import RecipeError
 from ..merging.shared.registry import Option, SharedMethod, Value, get
@@ -36,6 +43,9 @@ def _tokenizer_source(value: Any) -> Any:
 
 class Recipe(Section):
     """What to merge and how. Raises `RecipeError`, with all problems, when made of wrong parts."""
+
+    _folder: Path | None = PrivateAttr(default=None)
+    """Of the file that it was read from."""
 
     base_model: Reference
     """The checkpoint that every expert was fine-tuned from."""
@@ -117,7 +127,13 @@ class Recipe(Section):
             e.model_copy(update={"model": resolved(e.model, folder)}) for e in self.models
         )
         base = resolved(self.base_model, folder)
-        return self.model_copy(update={"base_model": base, "models": experts})
+        found = self.model_copy(update={"base_model": base, "models": experts})
+        found._folder = None
+        return found
+
+    def located(self) -> "Recipe":
+        """`resolved` beside the file that `load_recipe` read; what was made otherwise, as it is."""
+        return self if self._folder is None else self.resolved(self._folder)
 
     @property
     def varies(self) -> bool:
@@ -181,7 +197,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe file; messages name the file.
 
-    Paths stay as the user wrote them: `recipe.resolved(path.parent)` looks beside the file.
+    Paths stay as the user wrote them. Whatever opens models looks beside the file (`located`).
     """
     path = Path(path)
     try:
@@ -190,9 +206,11 @@ def load_recipe(path: str | Path) -> Recipe:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot read the recipe: {reason}.") from error
     try:
-        return Recipe.from_yaml(text)
+        recipe = Recipe.from_yaml(text)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
+    recipe._folder = path.parent
+    return recipe
 
 
 def _held(

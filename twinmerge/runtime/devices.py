@@ -95,16 +95,22 @@ def dispatch(
     return torch.device(main)
 
 
+def usable(device: int | str | torch.device, name: str = "device") -> torch.device:
+    """A device that torch can compute on here, or an `InputError` that calls it `name`."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).add(1)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as problem:
+        reason = str(problem).strip().split("\n")[0]
+        raise InputError(f"{name} {device}: cannot be used here ({reason}).") from None
+    return found
+
+
 def _device(named: int | str | torch.device) -> Any:
     """A device that is there. "cpu" and "disk" are words, which accelerate compares."""
     if named == "disk":
         return named
-    try:
-        device = torch.device(named)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as problem:
-        reason = str(problem).strip().split("\n")[0]
-        raise InputError(f"device {named!r}: cannot be used here ({reason}).") from None
+    device = usable(named)
     return "cpu" if device.type == "cpu" else device
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import InputError
+from .arguments import Given, Weights
 from .per_row import NotRowWise
 from .plan import drop, groups
 from .router.features import Features
@@ -32,9 +33,6 @@ from .split import picked
 
 if TYPE_CHECKING:
     from .model import TwinModel
-
-Weights = Float[Tensor, "batch expert"]
-Given = Tensor | Mapping[str, float] | Sequence | None
 
 CACHE = "past_key_values"
 _TAG = "_twinmerge_weights"
@@ -89,6 +87,7 @@ def generate(
     """See `TwinModel.generate`."""
     _check_generates(twin, options)
     name = _main_input(twin)
+    _check_types(inputs, prompt_cache, options)
     if inputs is not None:
         if options.get(name) is not None:
             raise InputError(f"expected the prompt once, got it by position and as {name}=.")
@@ -123,9 +122,12 @@ def prefill(
     attention_mask: Int[Tensor, "row seq"] | None = None,
     weights: Given = None,
     task: str | Sequence[str] | None = None,
+    top_k: int | None = None,
+    threshold: float | None = None,
 ) -> PromptCache:
     """See `TwinModel.prefill`."""
     _check_generates(twin, {})
+    _check_types(None, None, {"input_ids": input_ids})
     if _encodes(twin):
         raise InputError(
             f"{type(twin.model).__name__}: an encoder reads a prompt as a whole, so the cache of a "
@@ -133,7 +135,7 @@ def prefill(
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     given = {"input_ids": input_ids, "attention_mask": mask}
-    decided = twin.decide(given, weights=weights, task=task)
+    decided = twin.decide(given, weights=weights, task=task, top_k=top_k, threshold=threshold)
     cut = groups(decided.routing, decided.weights) if decided.way == "split" else ()
     if len(cut) > 1:
         raise InputError(
@@ -405,10 +407,11 @@ def cached_weights(
                 "them as weights= or task=."
             )
         return None
-    if rows % len(known):
+    held = _held_rows(cache) or len(known)
+    if rows != held or rows % len(known):
         raise InputError(
-            f"{CACHE}=: was made for {len(known)} rows, the call has {rows}. Bring the cache of "
-            "these rows."
+            f"{CACHE}=: holds {held} rows, made of {len(known)}; the call has {rows}. Bring the "
+            "cache of these rows."
         )
     known = known.repeat_interleave(rows // len(known), dim=0)
     asked = drop(known, top_k, threshold).weights
@@ -417,6 +420,16 @@ def cached_weights(
         asked = twin.weights_for(_rows(rows), **given)
     _check_same(twin, known, asked)
     return known
+
+
+def _held_rows(cache: Any) -> int | None:
+    """Rows of a cache, beams and samples counted each; None of a kind that does not tell."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.numel():
+            return len(keys)
+    return None
 
 
 def _check_same(twin: TwinModel, known: Weights, asked: Weights) -> None:
@@ -454,6 +467,31 @@ def _check_generates(twin: TwinModel, options: dict[str, Any]) -> None:
             "assistant_model=: expected a plain transformers model, got a TwinModel. Give "
             "model.merged(weights), or a small model of the same tokenizer."
         )
+
+
+def _check_types(inputs: Any, prompt_cache: Any, options: Mapping[str, Any]) -> None:
+    for given, value in (("by position", inputs), ("as input_ids=", options.get("input_ids"))):
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(
+                f"generate: expected the prompt as a tensor (batch first), got a "
+                f"{type(value).__name__} {given}. Tokenize text first: model.generate("
+                "**model.tokenizer(texts, return_tensors='pt', padding=True))."
+            )
+    if prompt_cache is not None and not isinstance(prompt_cache, PromptCache):
+        raise InputError(
+            f"prompt_cache=: expected what model.prefill() made, got a "
+            f"{type(prompt_cache).__name__}. A cache of a forward goes in as {CACHE}=."
+        )
+    for name in ("threshold", "plan", "head"):
+        if name in options:
+            advice = "A generation has no task heads." if name == "head" else _DECIDED
+            raise InputError(f"{name}=: no option of generate. {advice}")
+
+
+_DECIDED = (
+    "Its weights are decided once: give weights=model.weights_for(prompt, top_k=..., "
+    "threshold=...)."
+)
 
 
 def _encodes(twin: TwinModel) -> bool:

@@ -19,7 +19,7 @@ from ..artifact.format import ExpertRecord, Manifest, RouterRecord
 from ..artifact.reader import Artifact
 from ..errors import ArtifactError, CorruptArtifact, InputError, RouterError, UnsupportedModel
 from .attach import COUNTER, attach_factors, attach_heads, differs
-from .devices import DeviceMap, dispatch
+from .devices import DeviceMap, dispatch, usable
 from .dryrun import dry_run
 from .heads import head_roots
 from .model import TwinModel
@@ -61,7 +61,8 @@ def load(
     `InputError` for a dtype or device map that does not fit.
     """
     dtype = _dtype(dtype)
-    if device_map is not None and torch.device(device) != torch.device("cpu"):
+    device = usable(device)
+    if device_map is not None and device != torch.device("cpu"):
         raise InputError(f"give device= or device_map=, not both: got {device} and {device_map}.")
     found = fetch(
         folder,
@@ -106,13 +107,13 @@ def load(
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """By name, too; None is as stored."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return None if dtype == "auto" else dtype
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return None
     named = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise InputError(
             f"dtype={dtype!r}: expected a float dtype or its name: 'auto', 'float32', 'bfloat16' "
-            "or 'float16'."
+            "or 'float16'. Factors are stored in int8 or int4 by the recipe's exclusive section."
         )
     return named
 

@@ -19,7 +19,19 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..artifact.format import ROUTER, ExpertRecord, Manifest, RouterRecord
-from ..errors import InputError, RouterError, UnsupportedModel, did_you_mean
+from ..errors import InputError, RouterError, UnsupportedModel
+from .arguments import (
+    Given,
+    Weights,
+    as_weights,
+    batch_size,
+    by_position,
+    check_images,
+    check_names,
+    expert_indices,
+    tensors,
+    tokens_of,
+)
 from .cost import plan_costs
 from .generate import CACHE, PromptCache, cached_weights, generate, prefill, tag
 from .heads import HeadSwitch
@@ -30,8 +42,6 @@ from .router.features import FeatureReader
 from .router.mlp import RouterMLP
 from .routing import Cell, Routing, routed
 from .split import run_split
-
-Weights = Float[Tensor, "batch expert"]
 
 
 @dataclass
@@ -229,13 +239,32 @@ class TwinModel(nn.Module):
 
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            except (OSError, ValueError) as problem:
+            except (OSError, ValueError, KeyError) as problem:
+                reads = "image" in str(getattr(self.model, "input_modalities", ""))
+                advice = (
+                    "It reads images: see model.image_processor."
+                    if reads
+                    else ("Give tokenized inputs instead of text.")
+                )
                 raise InputError(
-                    f"{self.folder}: holds no tokenizer that transformers can open ({problem}). "
-                    "Give tokenized inputs instead of text."
+                    f"{self.folder}: holds no tokenizer that transformers can open "
+                    f"({_first_line(problem)}). {advice}"
                 ) from None
             _give_padding(self._tokenizer, self.config)
         return self._tokenizer
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """The base's image processor, loaded from the artifact when first asked for."""
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError, ImportError) as problem:
+            raise InputError(
+                f"{self.folder}: holds no image processor that transformers can open "
+                f"({_first_line(problem)}). Give pixel_values prepared as for the base."
+            ) from None
 
     @property
     def labels(self) -> dict[str, list[str] | None]:
@@ -266,6 +295,15 @@ class TwinModel(nn.Module):
 
         return AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label or {}
 
+    def __repr__(self) -> str:
+        """In a few lines; `model.model` shows every layer."""
+        listed = ", ".join(self.experts[:8]) + (", ..." if len(self.experts) > 8 else "")
+        router = "none" if self.router is None else f"reads layer {self.router_layer}"
+        return (
+            f"TwinModel({type(self.model).__name__}, {len(self.experts)} experts: {listed}\n"
+            f"  router: {router}; {self.dtype}, {self.device}; from {self.folder})"
+        )
+
     # ------------------------------------------------------------------ routing
 
     @torch.no_grad()
@@ -277,7 +315,7 @@ class TwinModel(nn.Module):
         """
         if self.router is None or self.router_layer is None:
             raise self._router_problem or RouterError("this model has no router")
-        features = self.features.read(_tensors(inputs), [self.router_layer])[self.router_layer]
+        features = self.features.read(tensors(inputs), [self.router_layer])[self.router_layer]
         return self.weights_from(features)
 
     @torch.no_grad()
@@ -304,7 +342,7 @@ class TwinModel(nn.Module):
         self,
         inputs: Mapping[str, Any],
         *,
-        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        weights: Given = None,
         task: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
         top_k: int | None = None,
@@ -316,7 +354,7 @@ class TwinModel(nn.Module):
 
         lasts: whether the weights hold for many forwards, as in a generation
         """
-        batch = _batch_size(inputs)
+        batch = batch_size(inputs)
         if task is not None:
             if weights is not None:
                 raise InputError("give task= or weights=, not both: each sets the weights")
@@ -324,15 +362,15 @@ class TwinModel(nn.Module):
             resolved = torch.eye(len(self.experts), device=self.device)[chosen]
             head = task if head is None else head
         elif weights is not None:
-            resolved = self._as_weights(weights, batch)
+            resolved = self.as_weights(weights, batch)
         else:
             resolved = self.route(**inputs)
         kept = drop(resolved, top_k, threshold)
         index = self._heads(resolved, kept.weights, head, batch)
-        _check_images(inputs, batch, kept.weights)
+        check_images(inputs, batch, kept.weights)
         tokens = 0.0
         if not (lasts or self.can_generate()):  # what generates may be asked for a cache
-            tokens = _tokens(inputs) / self.break_even
+            tokens = tokens_of(inputs) / self.break_even
         routing, way = self.planner.plan(kept.weights, index, way=plan, lasts=lasts, tokens=tokens)
         return Decided(routing, kept.weights, index, kept.dropped, way)
 
@@ -357,41 +395,18 @@ class TwinModel(nn.Module):
             weights = torch.where((kept == 0).all(dim=-1, keepdim=True), weights, lowest)
         return weights.argmax(dim=-1)
 
-    def _indices(self, names: str | Sequence[str], batch: int, what: str) -> Int[Tensor, " batch"]:
-        listed = [names] * batch if isinstance(names, str) else list(names)
-        if len(listed) != batch:
-            raise InputError(f"{what}=: expected one name or {batch} of them, got {len(listed)}.")
-        for name in listed:
-            if name not in self.experts:
-                hint = did_you_mean(str(name), list(self.experts))
-                raise InputError(
-                    f"{what}={name!r}: no such expert.{hint} Known: {', '.join(self.experts)}."
-                )
-        return torch.tensor([self.experts.index(name) for name in listed], device=self.device)
+    def _indices(self, names: Any, batch: int, what: str) -> Int[Tensor, " batch"]:
+        return expert_indices(names, self.experts, batch, what, self.device)
 
-    def _as_weights(self, weights: Tensor | Mapping[str, float] | Sequence, batch: int) -> Weights:
-        if isinstance(weights, Mapping):
-            for name in weights:
-                self._indices(str(name), 1, "weights")
-            weights = [float(weights.get(name, 0.0)) for name in self.experts]
-        tensor = torch.as_tensor(weights, dtype=torch.float32, device=self.device)
-        if tensor.ndim == 1:
-            tensor = tensor.expand(batch, -1)
-        if tensor.shape != (batch, len(self.experts)):
-            raise InputError(
-                f"weights=: expected shape ({batch}, {len(self.experts)}) (batch, expert) or "
-                f"({len(self.experts)},), got {tuple(tensor.shape)}. Experts in order: "
-                f"{', '.join(self.experts)}."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError("weights=: expected finite numbers, got NaN or infinity.")
-        return tensor
+    def as_weights(self, weights: Given, batch: int) -> Weights:
+        """Weights as a caller writes them, for `batch` rows: (batch, expert), float32."""
+        return as_weights(weights, self.experts, batch, self.device)
 
     def weights_for(
         self,
         inputs: Mapping[str, Any],
         *,
-        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        weights: Given = None,
         task: str | Sequence[str] | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
@@ -405,7 +420,7 @@ class TwinModel(nn.Module):
     def forward(
         self,
         *unnamed: Any,
-        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        weights: Given = None,
         task: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
         top_k: int | None = None,
@@ -431,18 +446,15 @@ class TwinModel(nn.Module):
         images of several weightings that are compared with each other (CLIP).
         """
         if unnamed:
-            raise InputError(
-                f"expected inputs by name, got a {type(unnamed[0]).__name__} by position. Tokenize "
-                "text first: model(**model.tokenizer(texts, return_tensors='pt', padding=True))."
-            )
-        self._check_names(inputs)
-        if inputs.get("labels") is not None:
+            raise by_position(unnamed)
+        check_names(inputs, inspect.signature(self.model.forward).parameters)
+        if inputs.get("labels") is not None and self._has_heads:
             raise InputError(
                 "labels=: no loss is defined over rows with different heads. Compute it from "
                 "`logits` and `expert`."
             )
         if inputs.get(CACHE) is not None:
-            rows = _batch_size(inputs)
+            rows = batch_size(inputs)
             known = cached_weights(self, inputs[CACHE], rows, weights, task, top_k, threshold)
             if weights is None and task is None:
                 weights = known  # those that were asked for are the same
@@ -457,14 +469,6 @@ class TwinModel(nn.Module):
     def get_image_features(self, **inputs: Any) -> TwinOutput:
         """The image tower's features, of a model of two towers (CLIP); else as `forward`."""
         return self._tower("get_image_features", inputs)
-
-    def _check_names(self, inputs: Mapping[str, Any]) -> None:
-        """A misspelt option of ours must not pass for an input that the task model ignores."""
-        taken = inspect.signature(self.model.forward).parameters
-        for name in inputs:
-            hint = did_you_mean(name, _OPTIONS) if name not in taken else ""
-            if hint:
-                raise InputError(f"{name}=: no such option.{hint} Options: {', '.join(_OPTIONS)}.")
 
     def _tower(self, method: str, inputs: dict[str, Any]) -> TwinOutput:
         call = getattr(self.model, method, None)
@@ -481,7 +485,7 @@ class TwinModel(nn.Module):
         given: dict[str, Any],
         options: dict[str, Any],
     ) -> TwinOutput:
-        _batch_size(inputs)  # before the router reads, which may be on the way
+        batch_size(inputs)  # before the router reads, which may be on the way
         if False in (inputs.get("return_dict"), getattr(self.model.config, "return_dict", None)):
             inputs = inputs | {"return_dict": True}  # a tuple does not say which are the logits
         routes, problem = given["weights"] is None and given["task"] is None, None
@@ -498,8 +502,11 @@ class TwinModel(nn.Module):
             problem, options = seen, options | {"plan": "split"}
             decided = self.decide(inputs, **given, **options)
         cut = groups(decided.routing, decided.weights)
+        if len(cut) == 1:
+            with routed(cut[0].routing):
+                return _output(self, call(**inputs), decided)
         towers = ("get_text_features", "get_image_features")
-        if call is self.model and len(cut) > 1 and all(hasattr(self.model, t) for t in towers):
+        if call is self.model and all(hasattr(self.model, t) for t in towers):
             raise UnsupportedModel(
                 f"{type(self.model).__name__} compares every text with every image, which is not "
                 "defined for rows of other weights. Call get_text_features / get_image_features, "
@@ -568,7 +575,7 @@ class TwinModel(nn.Module):
         self,
         inputs: Tensor | None = None,
         *,
-        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        weights: Given = None,
         task: str | Sequence[str] | None = None,
         prompt_cache: PromptCache | None = None,
         **options: Any,
@@ -595,13 +602,16 @@ class TwinModel(nn.Module):
         *,
         input_ids: Int[Tensor, "row seq"],
         attention_mask: Int[Tensor, "row seq"] | None = None,
-        weights: Tensor | Mapping[str, float] | Sequence | None = None,
+        weights: Given = None,
         task: str | Sequence[str] | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
     ) -> PromptCache:
         """Run a prompt, or a prefix that many share, and keep it for `generate(prompt_cache=)`.
 
         The weights are decided here, from the prefix unless given, and hold for all that goes on
-        from it. One row serves any number of prompts, else there is one for each.
+        from it; `top_k` and `threshold` as in `forward`. One row serves any number of prompts,
+        else there is one for each.
         """
         return prefill(
             self,
@@ -609,6 +619,8 @@ class TwinModel(nn.Module):
             attention_mask=attention_mask,
             weights=weights,
             task=task,
+            top_k=top_k,
+            threshold=threshold,
         )
 
     def merged(
@@ -621,7 +633,7 @@ class TwinModel(nn.Module):
         """
         from .export import DenseMerge
 
-        return DenseMerge(self).at(self._as_weights(weights, 1)[0], head)
+        return DenseMerge(self).at(self.as_weights(weights, 1)[0], head)
 
     def pipeline(self, task: str, **options: Any) -> Any:
         """`transformers.pipeline(task, model=self, **options)` with the artifact's tokenizer.
@@ -640,6 +652,8 @@ class TwinModel(nn.Module):
         """`twinmerge.load`: a folder or hub id; options are those of `load`."""
         from .load import load
 
+        if "torch_dtype" in options:
+            raise InputError("torch_dtype=: is called dtype= here, as in transformers 5.")
         return load(folder, **options)
 
     def save_pretrained(self, folder: Path | str, *, overwrite: bool = False) -> Path:
@@ -716,7 +730,8 @@ class TwinModel(nn.Module):
         return out
 
 
-_OPTIONS = ["weights", "task", "head", "top_k", "threshold", "plan"]
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().splitlines()[0].rstrip(".") if str(problem).strip() else "no reason"
 
 
 def _give_padding(tokenizer: Any, config: Any) -> None:
@@ -726,10 +741,6 @@ def _give_padding(tokenizer: Any, config: Any) -> None:
         token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)
         if token is not None:
             tokenizer.pad_token = token
-
-
-def _tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def _output(twin: TwinModel, output: Any, decided: Decided) -> TwinOutput:
@@ -746,53 +757,4 @@ def _output(twin: TwinModel, output: Any, decided: Decided) -> TwinOutput:
         model_output=output,
         dropped=decided.dropped,
         plan=decided.way,
-    )
-
-
-def _check_images(inputs: Mapping[str, Any], batch: int, weights: Weights) -> None:
-    """Each row has one image where rows have other weights: else whose it is cannot be told."""
-    images = inputs.get("pixel_values")
-    if not isinstance(images, Tensor) or (len(images) == batch and images.ndim > 2):
-        return  # of two axes: patches of all images
-    if bool((weights != weights[0]).any()):
-        raise InputError(
-            f"pixel_values: {tuple(images.shape)} does not have one image for each of {batch} "
-            "rows, so which weights an image runs with cannot be told. Expected that, or one "
-            "weighting for the whole batch."
-        )
-
-
-def _tokens(inputs: Mapping[str, Any]) -> int:
-    """Tokens of a row, as far as the inputs tell; an image's patches are not counted."""
-    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim > 1 else 0
-
-
-_OF_TEXT = (
-    *("attention_mask", "token_type_ids", "position_ids", "decoder_input_ids"),
-    *("decoder_attention_mask", "decoder_inputs_embeds"),
-)
-"""Inputs that have the rows of the text, or one row for all."""
-
-
-def _batch_size(inputs: Mapping[str, Any]) -> int:
-    """Rows of the batch. Raises `InputError` if inputs of text differ in it."""
-    for name in ("input_ids", "inputs_embeds", "pixel_values"):
-        if not isinstance(inputs.get(name), Tensor):
-            continue
-        batch = int(inputs[name].shape[0])
-        for other in _OF_TEXT if name != "pixel_values" else ():
-            value = inputs.get(other)
-            if not isinstance(value, Tensor) or value.ndim < 2:
-                continue
-            rows = value.shape[-2 if other == "position_ids" else 0]  # (kind, batch, seq)
-            if rows not in (1, batch):
-                raise InputError(
-                    f"{other}: has {rows} rows, {name} has {batch}. Expected as many, or one."
-                )
-        return batch
-    given = ", ".join(sorted(inputs)) or "nothing"
-    raise InputError(
-        f"expected input_ids, inputs_embeds or pixel_values (a tensor, batch first), got {given}. "
-        "Tokenize text first: model(**model.tokenizer(texts, return_tensors='pt', padding=True))."
     )

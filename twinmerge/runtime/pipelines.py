@@ -48,17 +48,24 @@ class _TwinPipeline(Pipeline):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         model = kwargs.get("model", args[0] if args else None)
+        if isinstance(model, TwinModel) and issubclass(cls, TextGenerationPipeline):
+            if not model.can_generate():  # on which the stock pipeline stumbles before it checks
+                raise _other_kind("text-generation", model)
         if model is None or isinstance(model, TwinModel):  # None: a copy is made
             return super().__new__(cls)
         return cls.stock(*args, **kwargs)  # of another class: Python does not call our __init__
 
     def check_model_type(self, supported_models: Any) -> None:
-        """The stock check goes by the class's name. Ours: the task model must be of the kind."""
-        twin, self.model = self.model, self.model.model
-        try:
-            super().check_model_type(supported_models)
-        finally:
-            self.model = twin
+        """The stock check goes by the class's name, and only warns. Ours: by the task model's.
+
+        Raises `InputError` for a task model of another kind.
+        """
+        known = supported_models
+        if not isinstance(known, list):  # {configuration: name of its class, or several}
+            names = ([each] if isinstance(each, str) else each for each in known.values())
+            known = [name for several in names for name in several]
+        if type(self.twin.model).__name__ not in known:
+            raise _other_kind(self.task, self.twin)
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
         chosen = {name: given.pop(name) for name in CHOICES if name in given}
@@ -68,6 +75,14 @@ class _TwinPipeline(Pipeline):
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """The artifact, which has tokenizer and processor in it."""
         self.model.save_pretrained(save_directory, **kwargs)
+
+
+def _other_kind(task: str, twin: TwinModel) -> InputError:
+    return InputError(
+        f"pipeline({task!r}): expected a task model of that kind, this artifact's is a "
+        f"{type(twin.model).__name__}. Make the pipeline of its own task, or call the model"
+        f"{' (model.generate)' if twin.can_generate() else ''}."
+    )
 
 
 def _stock(pipeline: _TwinPipeline, config: Any) -> Any:
@@ -229,7 +244,7 @@ def register() -> None:
 
 def make(twin: TwinModel, task: str, **options: Any) -> Pipeline:
     """`transformers.pipeline(task, model=twin, ...)` with the artifact's tokenizer or processor."""
-    from transformers import AutoImageProcessor, pipeline
+    from transformers import pipeline
 
     task = {"sentiment-analysis": "text-classification", "ner": "token-classification"}.get(
         task, task
@@ -243,13 +258,7 @@ def make(twin: TwinModel, task: str, **options: Any) -> Pipeline:
     if cls._load_tokenizer:
         options.setdefault("tokenizer", twin.tokenizer)
     if cls._load_image_processor and "image_processor" not in options:
-        try:
-            options["image_processor"] = AutoImageProcessor.from_pretrained(twin.folder)
-        except (OSError, ValueError, ImportError) as problem:
-            raise InputError(
-                f"{twin.folder}: holds no image processor that transformers can open ({problem}). "
-                "Give one: image_processor=."
-            ) from None
+        options["image_processor"] = twin.image_processor
     if twin.hf_device_map is None and options.get("device") is None:
         options["device"] = twin.device  # transformers would move it to the first GPU
     return pipeline(task, model=twin, **{"pipeline_class": cls, **options})  # type: ignore

@@ -24,7 +24,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -67,7 +67,8 @@ def drop(
         best = weights.abs().sort(dim=1, descending=True, stable=True).indices[:, :top_k]
         kept = torch.zeros_like(weights).scatter(1, best, weights.gather(1, best))
     if threshold is not None:
-        if not 0 <= threshold < 1:
+        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if not number or not 0 <= threshold < 1:
             raise InputError(f"threshold={threshold!r}: expected a weight from 0 to below 1.")
         kept = torch.where(kept.abs() >= threshold, kept, 0)
     return Dropped(kept, (weights - kept).abs().sum(dim=1))
@@ -84,8 +85,14 @@ class Planner:
     mixes_rows: str | None = None
     keep: int = 1
     _stores: OrderedDict[tuple[float, ...], Store] = field(default_factory=OrderedDict)
-    _last: tuple[float, ...] | None = None
+    _seen: OrderedDict[tuple[float, ...], None] = field(default_factory=OrderedDict)
+    """The weightings of the last batches, as many as may be kept."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "keep" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise InputError(f"planner.keep={value!r}: expected a whole number from 0 on.")
+        super().__setattr__(name, value)
 
     def noted(self, problem: NotRowWise) -> None:
         """Run one weighting at a time from now on, unless that may have been a coincidence."""
@@ -157,7 +164,11 @@ class Planner:
     def _store(self, key: tuple[float, ...], *, asked: bool, lasts: bool) -> Store | None:
         """Where this weighting is kept merged; None if it is not worth it yet."""
         with self._lock:
-            again, self._last = key == self._last, key
+            again = key in self._seen
+            self._seen[key] = None
+            self._seen.move_to_end(key)
+            while len(self._seen) > max(self.keep, 1):  # more would push each other out
+                self._seen.popitem(last=False)
             while len(self._stores) > self.keep:  # `keep` was lowered
                 self._stores.popitem(last=False)
             if key in self._stores:
@@ -182,7 +193,7 @@ class Planner:
         """Drop everything that is kept merged: after the model moved, or to free memory."""
         with self._lock:
             self._stores.clear()
-            self._last = None
+            self._seen.clear()
 
 
 @dataclass(frozen=True)

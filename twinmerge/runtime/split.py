@@ -35,8 +35,8 @@ def run_split(
     """
     if inputs.get("past_key_values") is not None:
         raise InputError(
-            "past_key_values=: this model runs rows of other weights one group after the other, "
-            "and a cache cannot be cut. Pass one weighting for the whole batch."
+            "past_key_values=: rows of other weights run one group after the other here, and a "
+            "cache cannot be cut. Pass one weighting for the whole batch, or no plan='split'."
         )
     outputs = []
     for group in groups:

@@ -43,11 +43,12 @@ def diagnose(
     out: Path | str = ".",
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Look at the models of a resolved recipe.
+    """Look at the models of a recipe.
 
     Spectra are those of `sample` matrices at most (None: of all). `out` is where the artifact is
     meant to go: its disk is asked for room. What is wrong with a model is a finding, no exception.
     """
+    recipe = recipe.located()
     try:
         plan = make_plan(recipe)
     except TwinMergeError as problem:
