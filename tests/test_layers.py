@@ -29,8 +29,8 @@ from twinmerge.artifact.codec import (
     row_bytes,
 )
 from twinmerge.errors import InputError, UnsupportedModel
-from twinmerge.runtime import parts as parts_module
 from twinmerge.runtime.layers import (
+    Affine,
     TwinAny,
     TwinBatchNorm,
     TwinConv,
@@ -39,10 +39,10 @@ from twinmerge.runtime.layers import (
     TwinLayerNorm,
     TwinLinear,
     Whole,
-    _Affine,
 )
 from twinmerge.runtime.lookup import TwinEmbedding, TwinLookup
 from twinmerge.runtime.parts import Factors, Packed, Part, PartList, Scattered
+from twinmerge.runtime.parts import part as parts_module
 from twinmerge.runtime.parts import stacked as stack_parts
 from twinmerge.runtime.per_row import NotRowWise, PerRow
 from twinmerge.runtime.reading import read_mixed
@@ -432,9 +432,9 @@ def test_zero_weights_give_the_shared_layer(case):
 def test_every_row_is_as_its_own_densely_merged_layer_whichever_way_it_runs(
     every_case, monkeypatch
 ):
-    denser = _Affine._denser
+    denser = Affine._denser
     for way, mix in ways(randn(4, T, seed=7)):
-        monkeypatch.setattr(_Affine, "_denser", (lambda *_: False) if "factors" in way else denser)
+        monkeypatch.setattr(Affine, "_denser", (lambda *_: False) if "factors" in way else denser)
         got, want = run(every_case, mix), rows(every_case, mix.weights)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m: f"{way}: {m}")  # noqa: B023
 

@@ -1,14 +1,7 @@
 """Generation: transformers' own `generate`, with the weights decided once per request.
 
 The router reads the prompt, and the weights hold for every token of the answer. So a key-value
-cache, which is valid only for the weights that it was made with, stays valid.
-
-A cache that outlives its request carries its weights with it. A later call that brings the cache
-runs with these weights and does not route: the second turn of a chat keeps the weights of the
-first. A call that asks for others, or brings a cache of which nobody knows how it was made, is
-refused. `PromptCache` is the same for a prefix that many prompts share. (A caller who puts the
-rows of a cache into another order by hand must keep to rows of one weighting: the weights stay in
-place.)
+cache, which is valid only for the weights that it was made with, stays valid (`caches`).
 """
 
 from __future__ import annotations
@@ -16,17 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import InputError
 from .arguments import Given, Weights
+from .caches import CACHE, PromptCache, cached_weights, check_origin, check_same, rows_alone, tag
 from .per_row import NotRowWise
-from .plan import drop, groups
+from .plan import groups
 from .router.features import Features
 from .routing import Routing, routed
 from .split import picked
@@ -34,9 +27,6 @@ from .split import picked
 if TYPE_CHECKING:
     from .model import TwinModel
 
-CACHE = "past_key_values"
-_TAG = "_twinmerge_weights"
-_ORIGIN = "_twinmerge_origin"
 # What a prompt may consist of, and the router may read.
 _PROMPT = (
     "input_ids",
@@ -49,26 +39,6 @@ _PROMPT = (
     "token_type_ids",
 )
 _CONTENT = _PROMPT[:5]
-
-
-@dataclass(frozen=True)
-class PromptCache:
-    """The keys and values of a prompt, or of the prefix that many prompts share.
-
-    Made by `TwinModel.prefill`, used by `TwinModel.generate(prompt_cache=...)`, and never changed:
-    each use runs on a copy.
-    """
-
-    cache: Any
-    """transformers' cache after these tokens."""
-    weights: Float[Tensor, "row expert"]
-    """What it was made with, and what everything that goes on from it runs with."""
-    input_ids: Int[Tensor, "row seq"]
-    attention_mask: Int[Tensor, "row seq"]
-
-    def __len__(self) -> int:
-        """Tokens of the prefix, padding included."""
-        return self.input_ids.shape[1]
 
 
 # ---------------------------------------------------------------------------------- the two calls
@@ -101,14 +71,14 @@ def generate(
         return _go_on(twin, prompt_cache, weights, task, batch, times, options)
     known = cached_weights(twin, options.get(CACHE), batch * times, weights, task)
     if known is not None:
-        return _run(twin, _rows(batch), known[::times], None, times, options)
+        return _run(twin, rows_alone(batch), known[::times], None, times, options)
     if not read:
         if weights is None and task is None:
             raise InputError(
                 f"generate: expected a prompt ({name}=) for the router to read. Without one, say "
                 "what to run with: weights= or task=."
             )
-        prompt = _rows(batch)  # transformers starts from the begin token
+        prompt = rows_alone(batch)  # transformers starts from the begin token
     elif weights is None and task is None and _on_the_way(twin, options):
         return _routing(twin, prompt, times, options)
     return _run(twin, prompt, weights, task, times, options)
@@ -282,7 +252,7 @@ def _go_on(
             f"prompt_cache=: expected whole prompts as input_ids=, and no {CACHE}= or "
             f"inputs_embeds= beside it, got {', '.join(sorted(options))}."
         )
-    _check_origin(twin, prefix.cache, "prompt_cache")
+    check_origin(twin, prefix.cache, "prompt_cache")
     rows = len(prefix.input_ids)
     if rows not in (1, batch):
         raise InputError(
@@ -291,7 +261,7 @@ def _go_on(
         )
     resolved = prefix.weights.expand(batch, -1)
     if weights is not None or task is not None:
-        _check_same(twin, resolved, twin.weights_for(_rows(batch), weights=weights, task=task))
+        check_same(twin, resolved, twin.weights_for(rows_alone(batch), weights=weights, task=task))
     mask = options.get("attention_mask")
     mask = _mask_of(twin, options, ids) if mask is None else mask
     before, before_mask = (t.expand(batch, -1) for t in (prefix.input_ids, prefix.attention_mask))
@@ -331,7 +301,7 @@ def _go_on(
         "attention_mask": torch.cat([before_mask.to(mask), tail_mask], dim=1),
         CACHE: cache,
     }
-    output = _run(twin, _rows(batch), resolved, None, times, own)
+    output = _run(twin, rows_alone(batch), resolved, None, times, own)
     return _with_prompts(output, ids, whole.shape[1])
 
 
@@ -354,101 +324,6 @@ def _with_prompts(output: Any, ids: Tensor, width: int) -> Any:
         return sequences
     output["sequences"] = sequences
     return output
-
-
-# ------------------------------------------------------------------------- caches and their weights
-
-
-def tag(twin: TwinModel, cache: Any, weights: Float[Tensor, "row expert"]) -> None:
-    """Write into a cache what it is made with, and by. A copy of the cache has it too."""
-    setattr(cache, _TAG, weights)
-    setattr(cache, _ORIGIN, twin.origin)
-
-
-def _check_origin(twin: TwinModel, cache: Any, name: str) -> None:
-    """A cache is of one artifact's tensors, in one dtype."""
-    files, dtype = getattr(cache, _ORIGIN, twin.origin)
-    own_files, own_dtype = twin.origin
-    if files != own_files:
-        raise InputError(
-            f"{name}=: was made by a model of another artifact than {twin.folder}, so it is not "
-            "valid here. Run the prompt with this model."
-        )
-    if dtype != own_dtype:
-        raise InputError(
-            f"{name}=: was made in {dtype}, this model runs in {own_dtype}. Run the prompt again."
-        )
-
-
-def cached_weights(
-    twin: TwinModel,
-    cache: Any,
-    rows: int,
-    weights: Given = None,
-    task: str | Sequence[str] | None = None,
-    top_k: int | None = None,
-    threshold: float | None = None,
-) -> Weights | None:
-    """The weights that a cache of `rows` rows demands; None if it demands none.
-
-    An empty cache demands none. Raises `InputError` for a cache of another artifact or dtype, if a
-    call asks for other weights, also by dropping some of the cache's, and where nobody knows the
-    cache's and the call would leave them to the router.
-    """
-    if cache is None or int(cache.get_seq_length()) == 0:
-        return None
-    _check_origin(twin, cache, CACHE)
-    known = getattr(cache, _TAG, None)
-    if known is None:
-        if weights is None and task is None:
-            raise InputError(
-                f"{CACHE}=: this cache was not made by this model's forward, generate or prefill, "
-                "so what it was made with is not known. It is valid for those weights only: give "
-                "them as weights= or task=."
-            )
-        return None
-    held = _held_rows(cache) or len(known)
-    if rows != held or rows % len(known):
-        raise InputError(
-            f"{CACHE}=: holds {held} rows, made of {len(known)}; the call has {rows}. Bring the "
-            "cache of these rows."
-        )
-    known = known.repeat_interleave(rows // len(known), dim=0)
-    asked = drop(known, top_k, threshold).weights
-    if weights is not None or task is not None:
-        given = {"weights": weights, "task": task, "top_k": top_k, "threshold": threshold}
-        asked = twin.weights_for(_rows(rows), **given)
-    _check_same(twin, known, asked)
-    return known
-
-
-def _held_rows(cache: Any) -> int | None:
-    """Rows of a cache, beams and samples counted each; None of a kind that does not tell."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    for layer in getattr(cache, "layers", ()):
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor) and keys.numel():
-            return len(keys)
-    return None
-
-
-def _check_same(twin: TwinModel, known: Weights, asked: Weights) -> None:
-    if len(known) != len(asked):
-        known = known[:: len(known) // len(asked)]
-    different = (known - asked).abs().amax(dim=1) > 1e-6
-    if bool(different.any()):
-        row = int(different.nonzero()[0, 0])
-        one, other = (_shown(twin, each[row]) for each in (known, asked))
-        raise InputError(
-            f"the cache was made with the weights {one} in row {row}, the call asks for {other}. A "
-            "cache is valid for the weights that it was made with. Ask for no others to go on with "
-            "those, or leave the cache out."
-        )
-
-
-def _shown(twin: TwinModel, weights: Tensor) -> str:
-    pairs = zip(twin.experts, weights.tolist(), strict=True)
-    return "{" + ", ".join(f"{name}: {w:.3g}" for name, w in pairs if w) + "}"
 
 
 # ----------------------------------------------------------------------------------- the arguments
@@ -535,11 +410,6 @@ def _padding(twin: TwinModel, options: dict[str, Any]) -> int:
     pad, ends = (_option(twin, options, name) for name in ("pad_token_id", "eos_token_id"))
     first = ends[0] if isinstance(ends, list) else ends
     return int(pad if pad is not None else first if first is not None else 0)
-
-
-def _rows(count: int) -> dict[str, Any]:
-    """A prompt that nothing is read from but its number of rows."""
-    return {"input_ids": torch.zeros(count, 1, dtype=torch.long)}
 
 
 # -------------------------------------------------------- models that run one weighting at a time

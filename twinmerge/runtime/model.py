@@ -32,8 +32,9 @@ from .arguments import (
     tensors,
     tokens_of,
 )
+from .caches import CACHE, PromptCache, cached_weights, tag
 from .cost import plan_costs
-from .generate import CACHE, PromptCache, cached_weights, generate, prefill, tag
+from .generate import generate, prefill
 from .heads import HeadSwitch
 from .labels import PerExpertConfig
 from .per_row import NotRowWise, PerRow

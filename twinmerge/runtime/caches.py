@@ -1,0 +1,152 @@
+"""Key-value caches that know which weights they were made with, and by which artifact.
+
+A cache that outlives its request carries its weights with it. A later call that brings the cache
+runs with these weights and does not route: the second turn of a chat keeps the weights of the
+first. A call that asks for others, or brings a cache of which nobody knows how it was made, is
+refused. `PromptCache` is the same for a prefix that many prompts share. (A caller who puts the
+rows of a cache into another order by hand must keep to rows of one weighting: the weights stay in
+place.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import InputError
+from .arguments import Given, Weights
+from .plan import drop
+
+if TYPE_CHECKING:
+    from .model import TwinModel
+
+
+CACHE = "past_key_values"
+
+
+_TAG = "_twinmerge_weights"
+
+
+_ORIGIN = "_twinmerge_origin"
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """The keys and values of a prompt, or of the prefix that many prompts share.
+
+    Made by `TwinModel.prefill`, used by `TwinModel.generate(prompt_cache=...)`, and never changed:
+    each use runs on a copy.
+    """
+
+    cache: Any
+    """transformers' cache after these tokens."""
+    weights: Float[Tensor, "row expert"]
+    """What it was made with, and what everything that goes on from it runs with."""
+    input_ids: Int[Tensor, "row seq"]
+    attention_mask: Int[Tensor, "row seq"]
+
+    def __len__(self) -> int:
+        """Tokens of the prefix, padding included."""
+        return self.input_ids.shape[1]
+
+
+def tag(twin: TwinModel, cache: Any, weights: Float[Tensor, "row expert"]) -> None:
+    """Write into a cache what it is made with, and by. A copy of the cache has it too."""
+    setattr(cache, _TAG, weights)
+    setattr(cache, _ORIGIN, twin.origin)
+
+
+def check_origin(twin: TwinModel, cache: Any, name: str) -> None:
+    """A cache is of one artifact's tensors, in one dtype."""
+    files, dtype = getattr(cache, _ORIGIN, twin.origin)
+    own_files, own_dtype = twin.origin
+    if files != own_files:
+        raise InputError(
+            f"{name}=: was made by a model of another artifact than {twin.folder}, so it is not "
+            "valid here. Run the prompt with this model."
+        )
+    if dtype != own_dtype:
+        raise InputError(
+            f"{name}=: was made in {dtype}, this model runs in {own_dtype}. Run the prompt again."
+        )
+
+
+def cached_weights(
+    twin: TwinModel,
+    cache: Any,
+    rows: int,
+    weights: Given = None,
+    task: str | Sequence[str] | None = None,
+    top_k: int | None = None,
+    threshold: float | None = None,
+) -> Weights | None:
+    """The weights that a cache of `rows` rows demands; None if it demands none.
+
+    An empty cache demands none. Raises `InputError` for a cache of another artifact or dtype, if a
+    call asks for other weights, also by dropping some of the cache's, and where nobody knows the
+    cache's and the call would leave them to the router.
+    """
+    if cache is None or int(cache.get_seq_length()) == 0:
+        return None
+    check_origin(twin, cache, CACHE)
+    known = getattr(cache, _TAG, None)
+    if known is None:
+        if weights is None and task is None:
+            raise InputError(
+                f"{CACHE}=: this cache was not made by this model's forward, generate or prefill, "
+                "so what it was made with is not known. It is valid for those weights only: give "
+                "them as weights= or task=."
+            )
+        return None
+    held = _held_rows(cache) or len(known)
+    if rows != held or rows % len(known):
+        raise InputError(
+            f"{CACHE}=: holds {held} rows, made of {len(known)}; the call has {rows}. Bring the "
+            "cache of these rows."
+        )
+    known = known.repeat_interleave(rows // len(known), dim=0)
+    asked = drop(known, top_k, threshold).weights
+    if weights is not None or task is not None:
+        given = {"weights": weights, "task": task, "top_k": top_k, "threshold": threshold}
+        asked = twin.weights_for(rows_alone(rows), **given)
+    check_same(twin, known, asked)
+    return known
+
+
+def _held_rows(cache: Any) -> int | None:
+    """Rows of a cache, beams and samples counted each; None of a kind that does not tell."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.numel():
+            return len(keys)
+    return None
+
+
+def check_same(twin: TwinModel, known: Weights, asked: Weights) -> None:
+    if len(known) != len(asked):
+        known = known[:: len(known) // len(asked)]
+    different = (known - asked).abs().amax(dim=1) > 1e-6
+    if bool(different.any()):
+        row = int(different.nonzero()[0, 0])
+        one, other = (_shown(twin, each[row]) for each in (known, asked))
+        raise InputError(
+            f"the cache was made with the weights {one} in row {row}, the call asks for {other}. A "
+            "cache is valid for the weights that it was made with. Ask for no others to go on with "
+            "those, or leave the cache out."
+        )
+
+
+def _shown(twin: TwinModel, weights: Tensor) -> str:
+    pairs = zip(twin.experts, weights.tolist(), strict=True)
+    return "{" + ", ".join(f"{name}: {w:.3g}" for name, w in pairs if w) + "}"
+
+
+def rows_alone(count: int) -> dict[str, Any]:
+    """A prompt that nothing is read from but its number of rows."""
+    return {"input_ids": torch.zeros(count, 1, dtype=torch.long)}
