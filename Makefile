@@ -13,10 +13,10 @@ demo: $(VENV)/core
 	$(BIN)/python examples/glue-lora/demo.py
 
 test: $(VENV)/all
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-quick: $(VENV)/all
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 lint: $(VENV)/all
 	$(BIN)/ruff check .

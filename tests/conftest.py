@@ -45,6 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
+        # One worker makes the models of a family, and has all that asks for them.
+        family = getattr(getattr(item, "callspec", None), "params", {}).get("name")
+        if isinstance(family, str) and "zoo" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(family))
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import jaxtyping
 import pytest
 import torch
 from tiny import FAMILIES, batch_of
 
 import twinmerge
-from twinmerge.errors import InputError
+from twinmerge.errors import InputError, UnsupportedModel
 from twinmerge.runtime.arguments import as_weights
+from twinmerge.runtime.load import load
 
 NAMES = ("math", "code", "law")
 CPU = torch.device("cpu")
@@ -31,7 +34,7 @@ def llama(zoo):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("math", "weights='math': expected numbers.*For an expert by name give task='math'"),
+        ("math", "weights='math': expected numbers.*One expert alone is weights={'math': 1.0}, in"),
         ([{"math": 1.0}, 3], "expected a {name: weight} for every row, got 3"),
         ([{"mth": 1.0}, {"law": 1.0}], "weights='mth': no such expert. Did you mean 'math'"),
         (["a", "b", "c"], "weights=: expected numbers"),
@@ -53,6 +56,9 @@ def test_every_row_may_have_a_mapping_of_its_own():
     [
         (dict(task=0), "task=: expected the name of an expert or 4 of them, got 0 .int."),
         (dict(task={"math": 1}), "task=: expected the name of an expert or 4 of them, got {'math'"),
+        (dict(task={"math"}), "task=: expected the name of an expert or 4 of them, got {'math'}"),
+        (dict(weights={"math": "x"}), "weights={'math': 'x'}: expected a number"),
+        (dict(weights={"math": None}), "weights={'math': None}: expected a number"),
         (dict(task="math", threshold="0.1"), "threshold='0.1': expected a weight from 0 to below"),
         (dict(task="math", plan=None), "plan=None: expected one of auto, merged"),
         (dict(task="math", input_ids=[[3, 4]]), "input_ids=: expected a tensor, .*got a list. Tok"),
@@ -132,6 +138,94 @@ def test_a_language_model_gives_its_loss(llama):
     want = (torch.stack(alone) * counts).sum() / counts.sum()
     got = twin(**inputs, labels=labels, weights=mixed).loss
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_a_loss_keeps_a_batch_in_one_piece(zoo):
+    """Where cutting it would be cheaper, there would be one loss for each piece."""
+    twin, ids = zoo.twin("llama"), torch.randint(3, 30, (64, 12))
+    weights = torch.eye(3)[torch.arange(64) % 3]
+    twin.planner.forget()
+    assert twin(input_ids=ids, labels=ids, weights=weights).loss.isfinite()
+    bert = zoo.twin("bert")
+    assert bert(input_ids=ids, task=["math", "law"] * 32).plan == "split"
+    assert bert.decide({"input_ids": ids, "labels": ids}, weights=weights).way == "selected"
+
+
+@pytest.mark.parametrize("plan", ["auto", "split"])
+def test_a_weight_of_zero_has_its_gradient(plan, zoo):
+    twin, inputs = zoo.twin("bert"), batch_of(FAMILIES["bert"], rows=3)
+
+    def value(weights: torch.Tensor) -> torch.Tensor:
+        logits = twin(**inputs, weights=weights, head="math", plan=plan).logits
+        return (logits[:, :2] * torch.tensor([1.0, -0.5])).sum()
+
+    weights = torch.eye(3)[[0, 1, 0]].requires_grad_(True)
+    value(weights).backward()
+    want = torch.zeros(3, 3)
+    with torch.no_grad():
+        for place in range(9):
+            step = torch.zeros(9).index_fill(0, torch.tensor([place]), 0.01).view(3, 3)
+            want.view(-1)[place] = (value(weights + step) - value(weights - step)) / 0.02
+    assert float(want.abs().max()) > 1e-2
+    torch.testing.assert_close(weights.grad, want, rtol=1e-2, atol=1e-4)
+
+
+def test_norms_alone_can_be_trained(zoo):
+    twin, inputs = zoo.twin("bert"), batch_of(FAMILIES["bert"])
+    norm = twin.model.bert.embeddings.LayerNorm
+    norm.weight.requires_grad_(True)
+    try:
+        twin(**inputs, weights=torch.eye(3)[[0, 1, 2, 0]], head="math").logits.sum().backward()
+        assert norm.weight.grad is not None and bool(norm.weight.grad.any())
+    finally:
+        norm.weight.requires_grad_(False)
+        norm.weight.grad = None
+
+
+def test_gradient_checkpointing_is_refused_where_it_would_run_as_the_shared_expert(zoo):
+    twin, inputs = load(zoo.artifact("bert")), batch_of(FAMILIES["bert"])
+    twin.model.activation_checkpointing_enable()
+    twin.train()
+    with pytest.raises(UnsupportedModel, match="gradient checkpointing runs layers again after"):
+        twin(**inputs, task="math")
+    with torch.no_grad():
+        twin(**inputs, task="math")
+
+
+def test_training_mode_leaves_the_router_alone(bench):
+    twin = copy.deepcopy(bench.model)
+    inputs = twin.tokenizer(["math1 the1", "code1", "law2 the3"], return_tensors="pt", padding=True)
+    before = {name: tensor.clone() for name, tensor in twin.router.state_dict().items()}
+    twin.train()
+    for _ in range(3):
+        twin(**inputs)
+    assert all(tensor.equal(before[name]) for name, tensor in twin.router.state_dict().items())
+    with pytest.raises(InputError, match="in training mode, where dropout is at work"):
+        twinmerge.evaluate(twin, {"math": [{"text": "a", "label": 0}]}, "routed")
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}])
+def test_the_head_is_that_of_the_highest_weight_that_is_one(options, zoo):
+    twin, inputs = zoo.twin("bert"), batch_of(FAMILIES["bert"])
+    for weights, head in (({"law": -1.0}, 2), ({"code": -0.5, "law": -1.0}, 2 if options else 1)):
+        assert twin(**inputs, weights=weights, **options).expert.tolist() == [head] * 4
+    law = twin.merged({"law": -1.0})(**inputs).logits
+    torch.testing.assert_close(
+        twin(**inputs, weights={"law": -1.0}).logits[:, : law.shape[1]], law, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_misspelt_options_of_towers_and_pipelines_are_told(zoo):
+    ids = torch.randint(3, 30, (2, 5))
+    with pytest.raises(InputError, match="wieghts=: no such option. Did you mean 'weights'"):
+        zoo.twin("clip").get_text_features(input_ids=ids, wieghts=[1, 0, 0])
+    pipe = zoo.twin("bert").pipeline("text-classification")
+    with pytest.raises(InputError, match="taks=: no such option. Did you mean 'task'"):
+        pipe("good", taks="math")
+    with pytest.raises(InputError, match="task=: a pipeline takes one name for all rows"):
+        pipe(["good", "bad"], task=["math", "law"])
+    with pytest.raises(InputError, match="weights=: a pipeline takes one weighting for all rows"):
+        pipe(["good", "bad"], weights=torch.eye(3)[:2])
 
 
 def test_as_many_weightings_are_remembered_as_may_be_kept(zoo):

@@ -183,10 +183,17 @@ def test_named_columns_win_over_known_ones():
     assert text_of(row, ["title", "body"]) == ("c", "b")
 
 
-@pytest.mark.parametrize("row", [{}, {"txt": "a"}, {"text": 5}, {"text": None, "label": 0}])
+@pytest.mark.parametrize("row", [{}, {"txt": "a"}, {"text": None, "label": 0}])
 def test_a_row_without_text_says_what_it_has_and_what_was_expected(row):
     with pytest.raises(InputError, match="a row has the columns .*Name yours with --columns"):
         text_of(row)
+
+
+def test_a_column_that_holds_no_text_is_told_by_name():
+    with pytest.raises(InputError, match="a row's column text holds 5 .int.; expected text"):
+        text_of({"text": 5})
+    with pytest.raises(InputError, match="a row's column body holds 1.5 .float.; expected text"):
+        text_of({"body": 1.5}, ["body"])
 
 
 def test_a_pair_whose_second_text_is_null_is_a_single_text():

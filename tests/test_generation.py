@@ -19,9 +19,9 @@ import pytest
 import torch
 import transformers as tf
 from conftest import randn
-from families import FAMILIES
+from families import FAMILIES, Family
 from texts import TextBench, save_tokenizer, sentences
-from tiny import EVERY, EXPERTS, batch_of, merge, row
+from tiny import EVERY, EXPERTS, batch_of, made, merge, row
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
 from twinmerge import cli
@@ -518,8 +518,70 @@ def test_a_cache_made_with_other_weights_is_refused(zoo):
     rows = twin.generate(
         **prompts_of("llama"), weights=weights_of(3), **CALLS, return_dict_in_generate=True
     )
-    with pytest.raises(InputError, match="made for 3 rows, the call has 2"):
+    with pytest.raises(InputError, match="holds 3 rows, made of 3; the call has 2"):
         twin.generate(rows.sequences[:2], past_key_values=rows.past_key_values, **CALLS)
+
+
+def test_a_cache_keeps_its_weights_whatever_becomes_of_the_callers(zoo):
+    twin, inputs = zoo.twin("llama", 3), prompts_of("llama")
+    weights = weights_of(3)
+    cache = twin(**inputs, weights=weights, use_cache=True).past_key_values
+    prefix = twin.prefill(**inputs, weights=weights)
+    kept = weights.clone()
+    weights.copy_(weights.flip(0))
+    step = torch.full((3, 1), 5)
+    with pytest.raises(InputError, match="the cache was made with the weights"):
+        twin(input_ids=step, past_key_values=cache, weights=weights)
+    assert prefix.weights.equal(kept)
+    with pytest.raises(InputError, match="got what model.prefill.. made. Give it to generate"):
+        twin(input_ids=step, past_key_values=prefix)
+
+
+@torch.no_grad()
+def test_weights_follow_the_rows_of_a_cache_that_are_moved(zoo):
+    twin, inputs = zoo.twin("llama", 3), {"input_ids": torch.randint(3, 30, (3, 6))}
+    weights = weights_of(3)
+    cache = twin(**inputs, weights=weights, use_cache=True).past_key_values
+    order = torch.tensor([2, 0, 1])
+    cache.reorder_cache(order)
+    cache.batch_repeat_interleave(2)
+    cache = copy.deepcopy(cache)
+    cache.batch_select_indices(torch.tensor([5, 0, 2]))
+    rows = order.repeat_interleave(2)[[5, 0, 2]]
+    step = torch.tensor([[4], [5], [6]])
+    got = twin(input_ids=step, past_key_values=cache)
+    assert got.weights.equal(weights[rows])
+    whole = twin(
+        input_ids=torch.cat([inputs["input_ids"][rows], step], dim=1), weights=weights[rows]
+    )
+    torch.testing.assert_close(got.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guess", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_guessed_tokens_and_a_cache_that_is_brought_are_refused(guess, zoo):
+    """transformers gives other greedy tokens with both than without the cache."""
+    twin, inputs = zoo.twin("llama", 3), row(prompts_of("llama"), 0)
+    value = 2 if guess == "prompt_lookup_num_tokens" else twin.merged({"math": 1.0})
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[5]])], dim=1)
+    prefix = twin.prefill(task="math", **inputs)
+    for brought in ({"prompt_cache": prefix}, {"past_key_values": copy.deepcopy(prefix.cache)}):
+        with pytest.raises(InputError, match=f"{guess}= with {next(iter(brought))}=: transformers"):
+            twin.generate(ids, **{guess: value}, **brought, **CALLS)
+
+
+def test_a_recurrent_state_carries_its_weights_too(tmp_path):
+    config = dict(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2)
+    mamba = Family(tf.MambaForCausalLM, tf.MambaForCausalLM, tf.MambaConfig, config)
+    models = made(mamba, tmp_path)
+    merge(models.base, models.experts, tmp_path / "out")
+    twin, ids = load(tmp_path / "out"), torch.randint(3, 30, (2, 5))
+    state = twin(input_ids=ids, task="math", use_cache=True).cache_params
+    with pytest.raises(InputError, match=r"made with the weights \{math: 1\} in row 0"):
+        twin(input_ids=ids[:, :1], cache_params=state, task="law")
+    got = twin(input_ids=ids[:, :1], cache_params=state)
+    assert got.weights[:, 0].tolist() == [1, 1]
+    with pytest.raises(InputError, match="mems=: is valid for the weights that it was made with"):
+        twin(input_ids=ids, mems=[torch.zeros(1)], task="math")
 
 
 def test_a_cache_of_another_artifact_or_dtype_is_refused(zoo):

@@ -145,7 +145,7 @@ def test_some_rows_keep_the_groups_that_all_rows_made():
 
 def test_bad_requests_are_named():
     weights = soft(4, 3, seed=0)
-    with pytest.raises(InputError, match="groups=0: expected at least 1"):
+    with pytest.raises(InputError, match="groups=0: expected a whole number from 1 on"):
         group_weights(weights, 0)
     with pytest.raises(InputError, match="at least one row"):
         group_weights(weights[:0])

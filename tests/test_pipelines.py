@@ -261,7 +261,7 @@ def test_images_are_classified_as_by_the_experts_own_pipeline(zoo, pictures, pro
 
 def test_without_an_image_processor_in_the_artifact_it_says_so(zoo, pictures, processor):
     twin = zoo.twin("vit")
-    with pytest.raises(InputError, match="holds no image processor.*image_processor="):
+    with pytest.raises(InputError, match="holds no image processor.*a pipeline: image_processor="):
         twin.pipeline("image-classification")
     pipe = twin.pipeline("image-classification", image_processor=processor, weights={"law": 1.0})
     assert pipe(pictures[0])[0]["expert"] == "law"

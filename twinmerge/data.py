@@ -233,11 +233,15 @@ class Encoded:
         return len(self.rows)
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[Text | Chat], max_tokens: int) -> Encoded:
+def encode(tokenizer: Tokenizer, texts: Sequence[Text | Chat | str], max_tokens: int) -> Encoded:
     """Tokenize texts, pairs and chats, mixed; longer ones are cut to `max_tokens` and counted.
 
-    Of a chat the oldest turns are cut, see `encode_chat`.
+    Of a chat the oldest turns are cut, see `encode_chat`. Raises `InputError` for anything else.
     """
+    texts = [(text,) if isinstance(text, str) else text for text in texts]
+    for i, text in enumerate(texts):
+        if not isinstance(text, Chat) and not 1 <= len(text) <= 2:
+            raise InputError(f"text {i}: expected one text or a pair, got {len(text)} parts.")
     rows: list[dict[str, list[int]]] = [{} for _ in texts]
     was_cut = [False] * len(texts)
     for i, text in enumerate(texts):

@@ -97,3 +97,8 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def first_line(problem: Exception) -> str:
+    """Of what another library says, for a message of ours."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")

@@ -66,10 +66,12 @@ class Artifact:
         """The router's tensors. Raises `RouterError` if none was fitted, or for other experts."""
         fitted = self.manifest.router
         if fitted is None:
+            fit = f"Run 'twinmerge fit-router {self.folder} DATA' first, or say"
+            if (self.folder / "preprocessor_config.json").exists():
+                fit = "For images none can be fitted yet: say"
             raise RouterError(
                 f"{self.folder}: has no router yet, so it cannot choose between its experts. "
-                f"Run 'twinmerge fit-router {self.folder} DATA' first, or say which expert to use "
-                "(task= or weights=): for models of images, the only way yet."
+                f"{fit} which expert to use (task= or weights=)."
             )
         if fitted.experts != self.manifest.names:
             raise RouterError(

@@ -193,6 +193,10 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
+    if not isinstance(rows, Mapping):
+        raise InputError(f"rows: expected {{task: rows}}, got a {type(rows).__name__}.")
+    if model.training:
+        raise InputError("the model is in training mode, where dropout is at work: model.eval().")
     if reference is not None and (lacking := [name for name in rows if name not in reference]):
         raise InputError(f"reference=: has no score of the expert '{lacking[0]}'.")
     prepared: dict[str, Prepared] = {}

@@ -24,7 +24,7 @@ from .. import __version__
 from ..artifact.format import FORMAT_VERSION, Manifest
 from ..artifact.tensorfile import HashedFile, raw
 from ..artifact.writer import check_space, check_target, explained
-from ..errors import CorruptCheckpoint, OutputError, TwinMergeError
+from ..errors import CorruptCheckpoint, OutputError, RecipeError, TwinMergeError
 from ..recipe import Recipe
 from .blocks import SMALL
 from .join import Finished, join, unfinished
@@ -126,6 +126,10 @@ def join_parts(
 @contextmanager
 def _prepared(recipe: Recipe, out: Path | str) -> Iterator[tuple[Plan, Workspace]]:
     """Everything that can be known to go wrong before the work."""
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            f"expected a Recipe, got {recipe!r:.80}. Read a file with twinmerge.load_recipe(path)."
+        )
     out = Path(out)
     workspace = Workspace(out)
     workspace.tidy()

@@ -131,6 +131,10 @@ class Recipe(Section):
         found._folder = None
         return found
 
+    def __eq__(self, other: object) -> bool:
+        """Whether they say the same, wherever they were read."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
     def located(self) -> "Recipe":
         """`resolved` beside the file that `load_recipe` read; what was made otherwise, as it is."""
         return self if self._folder is None else self.resolved(self._folder)

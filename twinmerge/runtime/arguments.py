@@ -39,7 +39,7 @@ def check_names(inputs: Iterable[str], taken: Iterable[str]) -> None:
 
     taken: what the task model's forward takes by name
     """
-    known = set(taken)
+    known = {*taken, *OPTIONS}
     for name in inputs:
         hint = did_you_mean(name, list(OPTIONS)) if name not in known else ""
         if hint:
@@ -57,7 +57,7 @@ def expert_indices(
     names: Any, experts: Sequence[str], batch: int, what: str, device: torch.device
 ) -> Int[Tensor, " batch"]:
     """One name for all rows, or one for each, as indices into `experts`."""
-    if not isinstance(names, Iterable) or isinstance(names, Mapping):
+    if not hasattr(names, "__getitem__") or isinstance(names, Mapping):  # a set has no order
         raise InputError(
             f"{what}=: expected the name of an expert or {batch} of them, got {names!r} "
             f"({type(names).__name__}). Known: {', '.join(experts)}."
@@ -79,8 +79,8 @@ def as_weights(weights: Given, experts: Sequence[str], batch: int, device: torch
         numbers = _by_name(weights, experts)
     elif isinstance(weights, str):
         raise InputError(
-            f"weights={weights!r}: expected numbers, one per expert or {{name: number}}. For an "
-            f"expert by name give task={weights!r}."
+            f"weights={weights!r}: expected numbers, one per expert or {{name: number}}. One "
+            f"expert alone is weights={{{weights!r}: 1.0}}, in a call also task={weights!r}."
         )
     elif isinstance(weights, Sequence) and any(isinstance(row, Mapping) for row in weights):
         numbers = [_by_name(row, experts) for row in weights]
@@ -106,7 +106,16 @@ def _by_name(weights: Any, experts: Sequence[str]) -> list[float]:
         raise InputError(f"weights=: expected a {{name: weight}} for every row, got {weights!r}.")
     for name in weights:
         expert_indices(str(name), experts, 1, "weights", torch.device("cpu"))
+    for name, weight in weights.items():
+        if isinstance(weight, str) or not hasattr(weight, "__float__"):
+            raise InputError(f"weights={{{name!r}: {weight!r}}}: expected a number.")
     return [float(weights.get(name, 0.0)) for name in experts]
+
+
+def highest(weights: Weights) -> Int[Tensor, " batch"]:
+    """The expert of the highest weight of each row; one without a weight is not asked."""
+    none = weights == 0
+    return weights.masked_fill(none & ~none.all(dim=-1, keepdim=True), float("-inf")).argmax(dim=-1)
 
 
 def tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +128,11 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     for name in _CONTENT:
         if not isinstance(inputs.get(name), Tensor):
             continue
-        batch = int(inputs[name].shape[0])
+        batch = int(inputs[name].shape[0]) if inputs[name].ndim else 0
+        if not batch:
+            raise InputError(
+                f"{name}=: expected at least one row, got {tuple(inputs[name].shape)}."
+            )
         for other in _OF_TEXT if name != "pixel_values" else ():
             value = inputs.get(other)
             if not isinstance(value, Tensor) or value.ndim < 2:

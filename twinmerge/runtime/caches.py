@@ -3,15 +3,14 @@
 A cache that outlives its request carries its weights with it. A later call that brings the cache
 runs with these weights and does not route: the second turn of a chat keeps the weights of the
 first. A call that asks for others, or brings a cache of which nobody knows how it was made, is
-refused. `PromptCache` is the same for a prefix that many prompts share. (A caller who puts the
-rows of a cache into another order by hand must keep to rows of one weighting: the weights stay in
-place.)
+refused. `PromptCache` is the same for a prefix that many prompts share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +32,11 @@ _TAG = "_twinmerge_weights"
 
 
 _ORIGIN = "_twinmerge_origin"
+_MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+RECURRENT = "cache_params"
+"""What models with a state (Mamba) call theirs."""
+UNTRACKED = ("mems", "state", "past_buckets_states")
+"""What is kept of earlier calls in other forms, and does not say what it was made with."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,25 @@ class PromptCache:
 
 
 def tag(twin: TwinModel, cache: Any, weights: Float[Tensor, "row expert"]) -> None:
-    """Write into a cache what it is made with, and by. A copy of the cache has it too."""
-    setattr(cache, _TAG, weights)
+    """Write into a cache what it is made with, and by. A copy of the cache has it too.
+
+    Where its rows are put in another order, picked or repeated, the weights follow.
+    """
+    setattr(cache, _TAG, weights.detach().clone())
     setattr(cache, _ORIGIN, twin.origin)
+    for name in _MOVES:
+        if hasattr(type(cache), name):
+            setattr(cache, name, partial(_moved, cache, name))
+
+
+def _moved(cache: Any, name: str, rows: Any) -> None:
+    getattr(type(cache), name)(cache, rows)
+    weights = getattr(cache, _TAG)
+    if name == "batch_repeat_interleave":
+        weights = weights.repeat_interleave(rows, dim=0)
+    else:
+        weights = weights[rows.to(weights.device) if isinstance(rows, Tensor) else rows]
+    setattr(cache, _TAG, weights)
 
 
 def check_origin(twin: TwinModel, cache: Any, name: str) -> None:
@@ -91,10 +111,16 @@ def cached_weights(
     call asks for other weights, also by dropping some of the cache's, and where nobody knows the
     cache's and the call would leave them to the router.
     """
-    if cache is None or int(cache.get_seq_length()) == 0:
+    if cache is None:
+        return None
+    if isinstance(cache, PromptCache):
+        raise InputError(
+            f"{CACHE}=: got what model.prefill() made. Give it to generate as prompt_cache=."
+        )
+    known = getattr(cache, _TAG, None)
+    if not _filled(cache):
         return None
     check_origin(twin, cache, CACHE)
-    known = getattr(cache, _TAG, None)
     if known is None:
         if weights is None and task is None:
             raise InputError(
@@ -116,6 +142,13 @@ def cached_weights(
         asked = twin.weights_for(rows_alone(rows), **given)
     check_same(twin, known, asked)
     return known
+
+
+def _filled(cache: Any) -> bool:
+    """Whether anything was run with it. Caches of recurrent models count no tokens."""
+    if getattr(cache, "is_linear", None) and any(cache.is_linear):
+        return any(getattr(layer, "has_previous_state", False) for layer in cache.layers)
+    return int(cache.get_seq_length()) > 0
 
 
 def _held_rows(cache: Any) -> int | None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError, MissingExtra
+from ..errors import InputError, MissingExtra, first_line
 from .routing import routed
 
 DeviceMap = str | Mapping[str, int | str | torch.device]
@@ -101,8 +101,7 @@ def usable(device: int | str | torch.device, name: str = "device") -> torch.devi
         found = torch.device(device)
         torch.empty(1, device=found).add(1)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as problem:
-        reason = str(problem).strip().split("\n")[0]
-        raise InputError(f"{name} {device}: cannot be used here ({reason}).") from None
+        raise InputError(f"{name} {device}: cannot be used here ({first_line(problem)}).") from None
     return found
 
 

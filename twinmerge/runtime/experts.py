@@ -25,7 +25,7 @@ from .layers import Patch, Whole, Wrapping, called_with
 from .names import Index
 from .parts import PartList
 from .per_row import NotRowWise, PerRow, per_row
-from .routing import Mix, cell
+from .routing import Mix, asked
 
 Blocks = Sequence[tuple[Index, Patch]]
 """Of one fused parameter: what the files' matrices in it have in parts, and where they lie."""
@@ -259,11 +259,10 @@ def _of_tokens(x: Float[Tensor, "*token in"], where: str) -> Mix | None:
 
     Raises `NotRowWise` if the tokens are not so many to each row.
     """
-    found = cell()
-    if found is None or found.routing is None or found.routing.mix is None:
+    routing = asked()
+    if routing is None or routing.mix is None:
         return None
-    found.count()
-    return found.routing.mix.of_tokens(x.numel() // x.shape[-1], where)
+    return routing.mix.of_tokens(x.numel() // x.shape[-1], where)
 
 
 def _some(mix: Mix | None, tokens: Int[Tensor, " some"]) -> Mix | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..artifact.reader import Artifact
 from ..errors import InputError, did_you_mean
+from .arguments import highest
 from .attach import differs, named_tensors, read_patches
 from .heads import HeadSwitch
 from .layers import Whole
@@ -92,7 +93,7 @@ class DenseMerge:
                 raise InputError(
                     f"all weights are zero: say whose head to use, head= one of {experts}."
                 )
-            return int(weights.argmax())
+            return int(highest(weights[None])[0])
         if head not in experts:
             hint = did_you_mean(head, experts)
             raise InputError(f"head={head!r}: no such expert.{hint} Known: {', '.join(experts)}.")

@@ -67,6 +67,7 @@ def generate(
     encoded = options.get("encoder_outputs")
     batch = len(read[0] if read else encoded[0] if encoded is not None else "1")
     times = max(_option(twin, options, key) or 1 for key in ("num_beams", "num_return_sequences"))
+    _check_speculation(twin, prompt_cache, options)
     if prompt_cache is not None:
         return _go_on(twin, prompt_cache, weights, task, batch, times, options)
     known = cached_weights(twin, options.get(CACHE), batch * times, weights, task)
@@ -119,7 +120,7 @@ def prefill(
     if cache is None:
         raise InputError(f"{type(twin.model).__name__} gave no {CACHE}: it has none to keep.")
     tag(twin, cache, decided.weights)
-    return PromptCache(cache, decided.weights, input_ids, mask)
+    return PromptCache(cache, decided.weights.clone(), input_ids.clone(), mask.clone())
 
 
 def _run(
@@ -361,6 +362,21 @@ def _check_types(inputs: Any, prompt_cache: Any, options: Mapping[str, Any]) -> 
         if name in options:
             advice = "A generation has no task heads." if name == "head" else _DECIDED
             raise InputError(f"{name}=: no option of generate. {advice}")
+
+
+def _check_speculation(
+    twin: TwinModel, prompt_cache: PromptCache | None, options: Mapping[str, Any]
+) -> None:
+    """transformers' assisted generation miscounts the tokens of a cache that is brought along."""
+    guesses = [n for n in ("assistant_model", "prompt_lookup_num_tokens") if options.get(n)]
+    cache = options.get(CACHE)
+    brought = cache is not None and int(cache.get_seq_length()) > 0
+    if guesses and (prompt_cache is not None or brought):
+        name = "prompt_cache" if prompt_cache is not None else CACHE
+        raise InputError(
+            f"{guesses[0]}= with {name}=: transformers gives other tokens than without a cache. "
+            "Leave one of them out."
+        )
 
 
 _DECIDED = (

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..data import Encoded, batches
 from ..errors import InputError, MissingExtra, did_you_mean
+from .arguments import highest
 from .export import DenseMerge
 from .model import TwinModel
 
@@ -94,8 +95,8 @@ def group_weights(
     rows or weights that are not finite, `MissingExtra` without scikit-learn.
     """
     _kmeans()
-    if groups < 1:
-        raise InputError(f"groups={groups}: expected at least 1.")
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise InputError(f"groups={groups!r}: expected a whole number from 1 on.")
     if by not in get_args(By):
         known = list(get_args(By))
         hint = did_you_mean(str(by), known)
@@ -105,7 +106,7 @@ def group_weights(
     if not bool(torch.isfinite(weights).all()):
         raise InputError("weights: expected finite numbers, got NaN or infinity.")
     own = weights.detach().cpu().double().numpy()
-    bins = weights.argmax(dim=-1).cpu().numpy()
+    bins = highest(weights).cpu().numpy()
     mean = np.empty_like(own)
     group = np.empty(len(own), dtype=np.int64)
     count = 0

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from .layers import Mixing, Parts, Reads, Wrapping, stored
 from .parts import Factors, Part, PartList, TableFactors
 from .per_row import NotRowWise, PerRow, per_row
-from .routing import Mix, cell
+from .routing import Mix, asked
 
 
 class TwinEmbedding(Mixing, nn.Embedding):
@@ -50,13 +50,11 @@ class TwinEmbedding(Mixing, nn.Embedding):
         self._put_mixers({"weight": tuple(table)})
 
     def forward(self, input: Tensor) -> Tensor:
-        found, table = cell(), self._parameters["weight"]
+        routing, table = asked(), self._parameters["weight"]
         assert table is not None
         y = F.embedding(input, table, self.padding_idx)
-        if found is None or found.routing is None or found.routing.mix is None:
+        if routing is None:
             return y
-        found.count()
-        routing = found.routing
         mix = routing.sized(len(input)) if input.ndim >= 2 else None
         if mix is None and input.ndim >= 2 and len(input) != 1:
             self.shared_ids = True
@@ -73,7 +71,7 @@ class TwinEmbedding(Mixing, nn.Embedding):
         """Where the first axis of `ids` is not the batch."""
         if mix.one and mix.store is not None:
             merged = stored(table, self.twin_mixers["weight"], mix, self, "weight")
-            return F.embedding(ids, merged, self.padding_idx)
+            return F.embedding(ids, merged, None if mix.weights.requires_grad else self.padding_idx)
         rows = y.expand(mix.rows, *y.shape)
         every = ids.expand(mix.rows, *ids.shape)
         for part in self._parts().wanted(mix):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ..artifact.format import ROUTER, ExpertRecord, Manifest, RouterRecord
-from ..errors import InputError, RouterError, UnsupportedModel
+from ..errors import InputError, RouterError, UnsupportedModel, first_line
 from .arguments import (
     Given,
     Weights,
@@ -29,10 +29,11 @@ from .arguments import (
     check_images,
     check_names,
     expert_indices,
+    highest,
     tensors,
     tokens_of,
 )
-from .caches import CACHE, PromptCache, cached_weights, tag
+from .caches import CACHE, RECURRENT, UNTRACKED, PromptCache, cached_weights, tag
 from .cost import plan_costs
 from .generate import generate, prefill
 from .heads import HeadSwitch
@@ -218,6 +219,13 @@ class TwinModel(nn.Module):
         self.planner.forget()
         return super().load_state_dict(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> TwinModel:
+        """As of any module; the router, whose norms would learn from what it reads, stays."""
+        super().train(mode)
+        if self.router is not None:
+            self.router.eval()
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         if self._main_device is not None:
             raise InputError(
@@ -241,15 +249,12 @@ class TwinModel(nn.Module):
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
             except (OSError, ValueError, KeyError) as problem:
-                reads = "image" in str(getattr(self.model, "input_modalities", ""))
-                advice = (
-                    "It reads images: see model.image_processor."
-                    if reads
-                    else ("Give tokenized inputs instead of text.")
-                )
+                advice = "Give tokenized inputs instead of text."
+                if "image" in str(self.input_modalities):
+                    advice = "It reads images: see model.image_processor."
                 raise InputError(
                     f"{self.folder}: holds no tokenizer that transformers can open "
-                    f"({_first_line(problem)}). {advice}"
+                    f"({first_line(problem)}). {advice}"
                 ) from None
             _give_padding(self._tokenizer, self.config)
         return self._tokenizer
@@ -264,7 +269,8 @@ class TwinModel(nn.Module):
         except (OSError, ValueError, KeyError, ImportError) as problem:
             raise InputError(
                 f"{self.folder}: holds no image processor that transformers can open "
-                f"({_first_line(problem)}). Give pixel_values prepared as for the base."
+                f"({first_line(problem)}). Give pixel_values prepared as for the "
+                "base, to a pipeline: image_processor=."
             ) from None
 
     @property
@@ -350,10 +356,12 @@ class TwinModel(nn.Module):
         threshold: float | None = None,
         plan: Way = "auto",
         lasts: bool = False,
+        whole: bool = False,
     ) -> Decided:
         """What a call with these arguments runs with, and which way.
 
         lasts: whether the weights hold for many forwards, as in a generation
+        whole: whether the batch must not be cut only because that is cheaper
         """
         batch = batch_size(inputs)
         if task is not None:
@@ -370,7 +378,8 @@ class TwinModel(nn.Module):
         index = self._heads(resolved, kept.weights, head, batch)
         check_images(inputs, batch, kept.weights)
         tokens = 0.0
-        if not (lasts or self.can_generate()):  # what generates may be asked for a cache
+        whole = whole or inputs.get("labels") is not None  # one loss
+        if not (whole or lasts or self.can_generate()):  # what generates may be asked for a cache
             tokens = tokens_of(inputs) / self.break_even
         routing, way = self.planner.plan(kept.weights, index, way=plan, lasts=lasts, tokens=tokens)
         return Decided(routing, kept.weights, index, kept.dropped, way)
@@ -380,7 +389,7 @@ class TwinModel(nn.Module):
     ) -> Int[Tensor, " batch"]:
         """Whose head answers each row: the highest of the weights that it runs with.
 
-        Of all its weights where none is kept.
+        Of all its weights where none is kept. A weight of zero is none.
         """
         if head is not None:
             return self._indices(head, batch, "head")
@@ -391,10 +400,7 @@ class TwinModel(nn.Module):
                 f"weights: row {row} is all zero (the shared expert), so no expert's head "
                 f"follows from it. Say whose head answers: head= one of {list(self.experts)}."
             )
-        if kept is not weights:
-            lowest = kept.masked_fill(kept == 0, float("-inf"))
-            weights = torch.where((kept == 0).all(dim=-1, keepdim=True), weights, lowest)
-        return weights.argmax(dim=-1)
+        return highest(torch.where((kept == 0).all(dim=-1, keepdim=True), weights, kept))
 
     def _indices(self, names: Any, batch: int, what: str) -> Int[Tensor, " batch"]:
         return expert_indices(names, self.experts, batch, what, self.device)
@@ -405,14 +411,20 @@ class TwinModel(nn.Module):
 
     def weights_for(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
         *,
         weights: Given = None,
         task: str | Sequence[str] | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
+        **named: Any,
     ) -> Weights:
-        """The weights that a call with these arguments runs with: (batch, expert)."""
+        """The weights that a call with these arguments runs with: (batch, expert).
+
+        inputs, named: what the task model takes, as one mapping or by name
+        """
+        inputs = {**(inputs or {}), **named}
+        check_names(inputs, inspect.signature(self.model.forward).parameters)
         given = {"weights": weights, "task": task}
         return self.decide(inputs, **given, top_k=top_k, threshold=threshold).weights
 
@@ -451,12 +463,19 @@ class TwinModel(nn.Module):
         check_names(inputs, inspect.signature(self.model.forward).parameters)
         if inputs.get("labels") is not None and self._has_heads:
             raise InputError(
-                "labels=: no loss is defined over rows with different heads. Compute it from "
-                "`logits` and `expert`."
+                "labels=: no loss is defined where experts have heads of their own. Compute it "
+                "from `logits` and `expert`."
             )
-        if inputs.get(CACHE) is not None:
+        for name in UNTRACKED:
+            if inputs.get(name) is not None:
+                raise InputError(
+                    f"{name}=: is valid for the weights that it was made with, and does not say "
+                    "which. Run the whole input again."
+                )
+        cache = inputs.get(CACHE, inputs.get(RECURRENT))
+        if cache is not None:
             rows = batch_size(inputs)
-            known = cached_weights(self, inputs[CACHE], rows, weights, task, top_k, threshold)
+            known = cached_weights(self, cache, rows, weights, task, top_k, threshold)
             if weights is None and task is None:
                 weights = known  # those that were asked for are the same
         given = {"weights": weights, "task": task, "head": head}
@@ -475,6 +494,7 @@ class TwinModel(nn.Module):
         call = getattr(self.model, method, None)
         if call is None:
             raise InputError(f"{type(self.model).__name__} has no {method}(); call the model.")
+        check_names(inputs, inspect.signature(call).parameters)
         given = {name: inputs.pop(name, None) for name in ("weights", "task", "head")}
         options = {name: inputs.pop(name, None) for name in ("top_k", "threshold")}
         return self._run(call, inputs, given, options | {"plan": inputs.pop("plan", "auto")})
@@ -487,6 +507,7 @@ class TwinModel(nn.Module):
         options: dict[str, Any],
     ) -> TwinOutput:
         batch_size(inputs)  # before the router reads, which may be on the way
+        self._check_checkpointing()
         if False in (inputs.get("return_dict"), getattr(self.model.config, "return_dict", None)):
             inputs = inputs | {"return_dict": True}  # a tuple does not say which are the logits
         routes, problem = given["weights"] is None and given["task"] is None, None
@@ -520,6 +541,16 @@ class TwinModel(nn.Module):
         if problem is not None and call is self.model:
             self.planner.noted(problem)
         return _output(self, output, decided)
+
+    def _check_checkpointing(self) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: gradient checkpointing runs layers again after the "
+                "forward, where no row's weights are known. Switch "
+                "it off in model.model, or run under torch.no_grad()."
+            )
 
     def _on_the_way(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the router can read its features off the forward that it routes.
@@ -567,7 +598,7 @@ class TwinModel(nn.Module):
 
         def then(features: dict[int, Tensor]) -> None:
             weights = self.weights_from(features[layer])
-            found.append(self.decide(inputs, weights=weights, head=head, **options))
+            found.append(self.decide(inputs, weights=weights, head=head, **options, whole=True))
             cell.routing = found[0].routing
 
         return self.features.watching(inputs, [layer], then)
@@ -707,6 +738,9 @@ class TwinModel(nn.Module):
 
         Raises `InputError` unless the model gives one answer for a row.
         """
+        if not isinstance(output, TwinOutput):
+            came = type(output).__name__
+            raise InputError(f"answers: expected the output of a call of this model, got a {came}.")
         if output.logits is None or output.logits.ndim != 2:
             came = "no logits" if output.logits is None else f"logits {tuple(output.logits.shape)}"
             raise InputError(
@@ -731,10 +765,6 @@ class TwinModel(nn.Module):
         return out
 
 
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().splitlines()[0].rstrip(".") if str(problem).strip() else "no reason"
-
-
 def _give_padding(tokenizer: Any, config: Any) -> None:
     """A tokenizer without a padding token (Llama, GPT-2) gets the model's, else the end token."""
     if tokenizer.pad_token_id is None:
@@ -748,7 +778,7 @@ def _output(twin: TwinModel, output: Any, decided: Decided) -> TwinOutput:
     values = list(output.values()) if isinstance(output, Mapping) else output
     if any(isinstance(value, PerRow) for value in tree_flatten(values)[0]):
         raise NotRowWise("an output never met the batch")
-    cache = getattr(output, CACHE, None)
+    cache = getattr(output, CACHE, None) or getattr(output, RECURRENT, None)
     if cache is not None:
         tag(twin, cache, decided.weights)
     return TwinOutput(

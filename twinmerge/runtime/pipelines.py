@@ -14,9 +14,11 @@ there that build a stock pipeline for every other model, so that the plain
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
@@ -28,6 +30,7 @@ from transformers.pipelines.text_generation import TextGenerationPipeline
 from transformers.pipelines.token_classification import TokenClassificationPipeline
 
 from ..errors import InputError
+from .arguments import check_names
 from .model import TwinModel
 
 CHOICES = ("weights", "task", "head")
@@ -68,7 +71,20 @@ class _TwinPipeline(Pipeline):
             raise _other_kind(self.task, self.twin)
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
+        check_names(given, ())
         chosen = {name: given.pop(name) for name in CHOICES if name in given}
+        for (
+            name,
+            value,
+        ) in chosen.items():  # which rows come in which batch, only transformers knows
+            if name != "weights" and not isinstance(value, str | None):
+                raise InputError(f"{name}=: a pipeline takes one name for all rows, got {value!r}.")
+            if name == "weights" and value is not None and not isinstance(value, Mapping | str):
+                if torch.as_tensor(value).ndim > 1:
+                    raise InputError(
+                        "weights=: a pipeline takes one weighting for all rows, got one for each. "
+                        "Call the model."
+                    )
         pre, forward, post = super()._sanitize_parameters(**given)  # type: ignore[safe-super]
         return pre, {**forward, **chosen}, post
 

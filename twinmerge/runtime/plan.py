@@ -39,7 +39,8 @@ Way = Literal["auto", "merged", "uniform", "selected", "stacked", "split"]
 
 
 SPLIT = 5
-"""A batch is cut by weighting where each has this many times the tokens from which merging pays."""
+"""A batch is cut by weighting where each has, on average, this many times the tokens from which
+merging pays."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ class Planner:
             raise InputError(f"plan={way!r}: expected one of {', '.join(get_args(Way))}.")
         batch, table = len(weights), weights.tolist()  # waits for a GPU, once a batch
         used = [sum(row[t] != 0 for row in table) for t in range(weights.shape[1])]
-        active = tuple(t for t, count in enumerate(used) if count)
+        learnt = _learnt(weights)
+        # The gradient of a weight of zero is that of its expert, which then has to run.
+        active = tuple(t for t, count in enumerate(used) if count or learnt)
         if not active:
             return Routing(None, head, batch), "shared"
         convex = all(min(row) >= 0 and sum(row) <= 1 + 1e-4 for row in table)
@@ -136,11 +139,13 @@ class Planner:
                     f"({self.mixes_rows}). Leave plan= out: it runs one weighting at a time."
                 )
             return Routing(mix, head, batch), "split"
-        alike = all(row == table[0] for row in table)
+        # Rows that happen to agree have a gradient each; one vector for all of them has stride 0.
+        apart = learnt and batch > 1 and weights.stride(0) != 0
+        alike = all(row == table[0] for row in table) and not apart
         if way in ("merged", "uniform") and not alike:
             raise InputError(
-                f"plan={way!r}: expected one weighting for the whole batch, got rows that differ. "
-                "Leave plan= out, or pass weights of shape (expert,)."
+                f"plan={way!r}: expected one weighting for the whole batch, got rows that differ "
+                "or learn apart. Leave plan= out, or pass weights of shape (expert,)."
             )
         if alike and way in ("auto", "merged", "uniform"):
             mix = replace(mix, weights=weights[:1])
@@ -154,7 +159,9 @@ class Planner:
         if way == "auto" and batch * tokens >= SPLIT * weightings:
             return Routing(mix, head, batch), "split"
         widest = max(sum(w != 0 for w in row) for row in table)
-        if way == "selected" or (way == "auto" and widest < len(active)):
+        if way == "selected" and learnt:
+            widest = len(active)
+        if way == "selected" or (way == "auto" and widest < len(active) and not learnt):
             chosen = weights.abs().topk(widest, dim=1).indices
             gather = 0 if way == "selected" else GATHER
             mix = replace(mix, chosen=chosen, gather=gather)
@@ -204,16 +211,27 @@ class Group:
     routing: Routing
 
 
+def _learnt(weights: Tensor) -> bool:
+    return weights.requires_grad and torch.is_grad_enabled()
+
+
 def groups(routing: Routing, weights: Float[Tensor, "batch expert"]) -> list[Group]:
-    """The rows of a batch by equal weights and heads, each group under one weighting."""
+    """The rows of a batch by equal weights and heads, each group under one weighting.
+
+    Rows whose weights are learnt are a group each.
+    """
+    learnt = _learnt(weights)
     heads = [-1] * len(weights) if routing.head is None else routing.head.tolist()
     found: dict[tuple, list[int]] = {}
     for index, (row, head) in enumerate(zip(weights.tolist(), heads, strict=True)):
-        found.setdefault((*row, head), []).append(index)
+        own = index if learnt else -1  # each row has its own gradient
+        found.setdefault((*row, head, own), []).append(index)
     out = []
-    for key, members in found.items():
+    for members in found.values():
         rows = torch.tensor(members, device=weights.device)
-        active = tuple(t for t, weight in enumerate(key[:-1]) if weight)
+        active = tuple(
+            t for t, weight in enumerate(weights[members[0]].tolist()) if weight or learnt
+        )
         own = weights[members[0] : members[0] + 1]
         mix = Mix(own, active, convex=routing.mix.convex) if active and routing.mix else None
         head = None if routing.head is None else routing.head[rows]

@@ -235,6 +235,15 @@ def cell() -> Cell | None:
     return _CURRENT.cell
 
 
+def asked() -> Routing | None:
+    """The routing of the running forward, for a layer that it mixes; None where it mixes none."""
+    found = _CURRENT.cell
+    if found is None or found.routing is None or found.routing.mix is None:
+        return None
+    found.count()
+    return found.routing
+
+
 @contextmanager
 def routed(routing: Routing | None) -> Iterator[Cell]:
     """Run the block under `routing`."""

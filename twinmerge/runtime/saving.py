@@ -26,7 +26,7 @@ from ..artifact.format import MANIFEST, RECIPE, ROUTER, FileRecord, Manifest, pa
 from ..artifact.reader import Artifact
 from ..artifact.tensorfile import HashedFile
 from ..artifact.writer import check_space, check_target, explained
-from ..errors import ArtifactError, CorruptArtifact, InputError, OutputError
+from ..errors import ArtifactError, CorruptArtifact, InputError, OutputError, first_line
 
 if TYPE_CHECKING:
     from .model import TwinModel
@@ -273,8 +273,5 @@ def _hub(what: str, kind: type[ArtifactError] | type[OutputError]) -> Iterator[N
             todo = "Check the revision: a branch, a tag or a commit."
         else:
             todo = "Check the spelling and the network."
-        reason = str(error).strip().split("\n")[0]
-        raise kind(
-            f"{what} could not be reached or refused it ({type(error).__name__}: {reason}).\n  "
-            f"{todo}"
-        ) from error
+        came = f"{type(error).__name__}: {first_line(error)}"
+        raise kind(f"{what} could not be reached or refused it ({came}).\n  {todo}") from error

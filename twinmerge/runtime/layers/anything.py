@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..per_row import NotRowWise
-from ..routing import cell
+from ..routing import asked
 from .mixing import (
     Patch,
     Wrapping,
@@ -21,10 +21,9 @@ class TwinAny(Wrapping):
         self._put_mixers(patches)
 
     def forward(self, *args, **kwargs):
-        found = cell()
-        if found is None or found.routing is None or found.routing.mix is None:
+        routing = asked()
+        if routing is None or routing.mix is None:
             return self.inner(*args, **kwargs)
-        found.count()
-        if not found.routing.mix.one:
+        if not routing.mix.one:
             raise NotRowWise(f"{self.where}: a {type(self.inner).__name__} has no row-wise form")
-        return self._merged(found.routing.mix, args, kwargs)
+        return self._merged(routing.mix, args, kwargs)

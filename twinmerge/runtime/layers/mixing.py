@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..parts import Part, PartList
 from ..per_row import LIMIT, NotRowWise, PerRow, per_row
-from ..routing import Mix, cell, current
+from ..routing import Mix, asked, cell, current
 
 STATIC_INSTEAD = "Build a static merge instead (exclusive: {rank: none})."
 
@@ -144,12 +144,9 @@ class Mixing(nn.Module):
         Raises `NotRowWise` where the first axis of `x` is not the batch, rather than giving one
         row another row's weights.
         """
-        found = cell()
-        if found is None or found.routing is None or found.routing.mix is None:
+        routing = asked()
+        if routing is None or routing.mix is None:
             return None
-        found.count()
-        routing = found.routing
-        assert routing.mix is not None
         if isinstance(x, PerRow):
             return routing.mix
         if self.flattened and x.ndim == 2:

@@ -50,7 +50,8 @@ class TwinLayerNorm(Mixing, nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, gain, shift, self.eps)
         normal = F.layer_norm(x, self.normalized_shape, None, None, self.eps)
         # In place saves a pass over fresh memory; autograd wants none of it.
-        out = None if normal.requires_grad else normal
+        learnt = any(v is not None and v.requires_grad for v in (normal, gain, shift))
+        out = None if learnt and torch.is_grad_enabled() else normal
         if gain is not None and shift is not None:
             shift, gain = aligned(shift, x.ndim), aligned(gain, x.ndim)
             return torch.addcmul(shift, normal, gain, out=out)

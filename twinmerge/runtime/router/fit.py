@@ -81,7 +81,12 @@ def fit_router(
     the manifest. Raises `InputError` for missing or too few rows, `OutputError` while another
     fit of the same artifact runs.
     """
-    with _alone(Path(folder)):
+    if not isinstance(texts, Mapping):
+        raise InputError(
+            f"texts=: expected {{expert: texts}}, got a {type(texts).__name__}. "
+            "twinmerge.data.read_tasks(folder, experts, split) reads rows of a folder."
+        )
+    with _alone(Path(folder)), torch.inference_mode(False), torch.enable_grad():
         return _fit_router(Path(folder), texts, settings, max_tokens, progress)
 
 
