@@ -25,8 +25,9 @@ factors, biases, norms and a head of its own. Adapters are random, and so are th
 and wide.
 
 Each part has its section in `results/runtime.json`. A run goes on where one of the same commit and
-settings left off. `--work FOLDER` keeps what is built of these EXPERTS (artifacts, the router), and
-`--prepare` builds it and measures nothing. Pictures stand beside the JSON file.
+settings left off; rows say how many rounds they had. `--work FOLDER` keeps what is built of these
+EXPERTS (artifacts, the router), and `--prepare` builds it and measures nothing. Pictures stand
+beside the JSON file.
 """
 
 from __future__ import annotations
@@ -691,7 +692,6 @@ def main(
             "headline": asdict(cell),
             "real_experts": [path.name for path in folders(experts)],
             "router_rows_per_task": router_rows,
-            "seconds_per_cell": seconds,
         }
         results = Results(out, settings)
         run = {
