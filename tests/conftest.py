@@ -15,6 +15,8 @@ torch.set_num_threads(1)
 
 
 SLOW = {
+    "test_artifact.py",
+    "test_bad_input.py",
     "test_batch_norm.py",
     "test_big_sources.py",
     "test_budget.py",
