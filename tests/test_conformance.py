@@ -38,11 +38,14 @@ from twinmerge.runtime.router.mlp import RouterMLP
 from twinmerge.runtime.routing import Mix, Routing, routed
 
 CALLS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-QUICK = {
-    *("bert", "distilbert", "deberta", "vit", "clip text", "resnet"),
-    *("gpt2", "llama tied", "llama classifier", "gemma", "mixtral"),
+KINDS = {
+    *("bert", "distilbert", "deberta", "vit", "clip text", "convnext", "resnet"),
+    *("gpt2", "llama tied", "llama classifier", "gemma", "mixtral", "t5"),
 }
-"""One for every kind of layer; the other families take minutes together."""
+"""One for every kind of layer."""
+
+QUICK = {"bert", "deberta", "vit", "resnet", "gpt2", "llama tied", "mixtral"}
+"""Those of the quick tier; the other families take minutes together."""
 
 
 def families(wanted=lambda name: True) -> list:
@@ -201,7 +204,8 @@ def test_zero_weights_give_the_shared_expert_exactly(name, zoo):
     assert_row(mixed, want, inputs, 1, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(QUICK | {"convnext", "t5"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(KINDS))
 def test_a_static_merge_has_no_factors_and_gives_the_shared_expert_for_any_weights(name, zoo):
     twin, inputs = zoo.twin(name, "none"), batch_of(EVERY[name])
     want = zoo.plain(name, "none", [0.0] * 3, "law")(**inputs)

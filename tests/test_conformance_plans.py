@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import randn
 from families import EVERY
-from test_conformance import QUICK, assert_row, assert_rows, families, weights_of
+from test_conformance import KINDS, assert_row, assert_rows, families, weights_of
 from tiny import EXPERTS, batch_of, outputs, prompt_of
 
 from twinmerge.errors import InputError
@@ -106,7 +106,7 @@ def test_top_k_runs_the_highest_weights_as_they_are_and_says_what_it_dropped(nam
     assert want.dropped is None
 
 
-@pytest.mark.parametrize("name", sorted(QUICK))
+@pytest.mark.parametrize("name", sorted(KINDS))
 def test_top_1_of_a_sure_router_is_the_expert(name, zoo):
     twin, inputs = zoo.twin(name), batch_of(EVERY[name])
     weights = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
