@@ -578,6 +578,13 @@ def test_a_recurrent_state_carries_its_weights_too(tmp_path):
     state = twin(input_ids=ids, task="math", use_cache=True).cache_params
     with pytest.raises(InputError, match=r"made with the weights \{math: 1\} in row 0"):
         twin(input_ids=ids[:, :1], cache_params=state, task="law")
+    with pytest.raises(InputError, match="the call asks for"):
+        twin(input_ids=ids[:, :1], cache_params=state, past_key_values=None, task="law")
+    with pytest.raises(InputError, match="the call asks for"):
+        twin.generate(ids, cache_params=state, task="law", max_new_tokens=2)
+    mixed = twin(input_ids=ids, task=["math", "law"], use_cache=True).cache_params
+    with pytest.raises(InputError, match="cannot be cut"):
+        twin(input_ids=ids[:, :1], cache_params=mixed, plan="split")
     got = twin(input_ids=ids[:, :1], cache_params=state)
     assert got.weights[:, 0].tolist() == [1, 1]
     with pytest.raises(InputError, match="mems=: is valid for the weights that it was made with"):

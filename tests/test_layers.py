@@ -436,7 +436,9 @@ def test_every_row_is_as_its_own_densely_merged_layer_whichever_way_it_runs(
     for way, mix in ways(randn(4, T, seed=7)):
         monkeypatch.setattr(Affine, "_denser", (lambda *_: False) if "factors" in way else denser)
         got, want = run(every_case, mix), rows(every_case, mix.weights)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=lambda m: f"{way}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            got, want, rtol=1e-5, atol=1e-5, msg=lambda m, way=way: f"{way}: {m}"
+        )
 
 
 def test_all_weight_on_one_expert_is_that_experts_layer(every_case):
@@ -816,7 +818,7 @@ def test_a_bare_parameter_reads_as_another_for_every_row(shape):
                 got = holder()
                 assert (got.shape, got.dtype, got.device) == (bare.shape, bare.dtype, bare.device)
                 assert isinstance(got, PerRow) and got._rows is None and cell.reads == 1
-                torch.testing.assert_close(got.per_row, want, msg=lambda m: f"{way}: {m}")  # noqa: B023
+                torch.testing.assert_close(got.per_row, want, msg=lambda m, way=way: f"{way}: {m}")
                 assert cell.reads == 1
                 assert type(holder.other) is nn.Parameter
                 if mix.one:  # then it is a tensor like any other

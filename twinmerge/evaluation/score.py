@@ -202,7 +202,7 @@ def evaluate(
     prepared: dict[str, Prepared] = {}
     raw = {name: value for name, value in rows.items() if not isinstance(value, Prepared)}
     if raw or not rows:
-        prepared |= prepare(model, raw, max_tokens=max_tokens, columns=columns)  # type: ignore[arg-type]
+        prepared |= prepare(model, raw, max_tokens=max_tokens, columns=columns)
     prepared |= {name: value for name, value in rows.items() if isinstance(value, Prepared)}
     scores: dict[str, TaskScore] = {}
     how = _Protocol(protocol, top_k, threshold)

@@ -108,7 +108,7 @@ def _dense(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _lapack(dtype: torch.dtype):
     def way(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
-        return tuple(p.to(matrix.dtype) for p in (u[:, :rank], s[:rank], vh[:rank]))  # type: ignore[return-value]
+        return tuple(p.to(matrix.dtype) for p in (u[:, :rank], s[:rank], vh[:rank]))
 
     return way
 
@@ -130,7 +130,7 @@ def _gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     else:  # QR makes the left side orthonormal even where singular values vanish
         q, r = torch.linalg.qr(image)
         u = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return tuple(part.to(matrix.dtype) for part in (u, s, v.T.contiguous()))  # type: ignore[return-value]
+    return tuple(part.to(matrix.dtype) for part in (u, s, v.T.contiguous()))
 
 
 def _gram_matrix(tall: Tensor) -> Tensor:

@@ -268,20 +268,19 @@ def _replace(model: nn.Module, path: str, site: _Site, mixtures: set[str]) -> No
 def _layer(module: nn.Module, patches: dict[str, Patch], path: str) -> nn.Module | None:
     """The layer to put in its place; None for a module that reads bare parameters of its own."""
     weight, bias = patches.get("weight"), patches.get("bias")
-    kind = type(module)
     vectors = {name: each for name, each in patches.items() if isinstance(each, Whole)}
     known = set(patches) <= {"weight", "bias"}
     try:
-        if kind is nn.Linear and known and not isinstance(weight, Whole):
-            return TwinLinear(module, weight or (), _whole(bias), path)  # type: ignore[arg-type]
-        if kind is Conv1D and known and not isinstance(weight, Whole):
-            return TwinConv1D(module, weight or (), _whole(bias), path)  # type: ignore[arg-type]
+        if type(module) is nn.Linear and known and not isinstance(weight, Whole):
+            return TwinLinear(module, weight or (), _whole(bias), path)
+        if type(module) is Conv1D and known and not isinstance(weight, Whole):
+            return TwinConv1D(module, weight or (), _whole(bias), path)
         if _is_table(module) and isinstance(weight, tuple) and len(patches) == 1:
-            if kind is nn.Embedding:
+            if type(module) is nn.Embedding:
                 return TwinEmbedding(module, weight, path)
             return TwinLookup(module, weight, path)
-        if kind is nn.LayerNorm and known and len(module.normalized_shape) == 1:  # type: ignore[arg-type]
-            return TwinLayerNorm(module, _whole(weight), _whole(bias), path)  # type: ignore[arg-type]
+        if type(module) is nn.LayerNorm and known and len(module.normalized_shape) == 1:
+            return TwinLayerNorm(module, _whole(weight), _whole(bias), path)
         if _runs_as(module, *_CONVOLUTIONS) and known and not isinstance(weight, Whole):
             return TwinConv(module, weight or (), _whole(bias), path)  # type: ignore[arg-type]
         if _runs_as(module, *_BATCH_NORMS) and len(vectors) == len(patches):

@@ -8,7 +8,7 @@ refused. `PromptCache` is the same for a prefix that many prompts share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 
 
 CACHE = "past_key_values"
-
-
 _TAG = "_twinmerge_weights"
-
-
 _ORIGIN = "_twinmerge_origin"
 _MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 RECURRENT = "cache_params"
@@ -57,6 +53,29 @@ class PromptCache:
     def __len__(self) -> int:
         """Tokens of the prefix, padding included."""
         return self.input_ids.shape[1]
+
+
+def brought(options: Mapping[str, Any]) -> Any:
+    """The cache that a call brings, under either name; None if there is none.
+
+    Raises `InputError` for what is kept of earlier calls and does not say what it was made with.
+    """
+    for name in UNTRACKED:
+        if options.get(name) is not None:
+            raise InputError(
+                f"{name}=: is valid for the weights that it was made with, and does not say which. "
+                "Run the whole input again."
+            )
+    return _either(options.get(CACHE), options.get(RECURRENT))
+
+
+def given_back(output: Any) -> Any:
+    """The cache in what a model gives; None if there is none."""
+    return _either(getattr(output, CACHE, None), getattr(output, RECURRENT, None))
+
+
+def _either(cache: Any, recurrent: Any) -> Any:
+    return recurrent if cache is None else cache  # a cache without tokens counts as false
 
 
 def tag(twin: TwinModel, cache: Any, weights: Float[Tensor, "row expert"]) -> None:
@@ -118,7 +137,7 @@ def cached_weights(
             f"{CACHE}=: got what model.prefill() made. Give it to generate as prompt_cache=."
         )
     known = getattr(cache, _TAG, None)
-    if not _filled(cache):
+    if not filled(cache):
         return None
     check_origin(twin, cache, CACHE)
     if known is None:
@@ -144,11 +163,12 @@ def cached_weights(
     return known
 
 
-def _filled(cache: Any) -> bool:
+def filled(cache: Any) -> bool:
     """Whether anything was run with it. Caches of recurrent models count no tokens."""
     if getattr(cache, "is_linear", None) and any(cache.is_linear):
         return any(getattr(layer, "has_previous_state", False) for layer in cache.layers)
-    return int(cache.get_seq_length()) > 0
+    count = getattr(cache, "get_seq_length", None)
+    return count is None or int(count()) > 0
 
 
 def _held_rows(cache: Any) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, first_line
 from .layers import STATIC_INSTEAD
 from .per_row import NotRowWise
 from .router.features import find_blocks
@@ -56,9 +56,9 @@ def dry_run(model: nn.Module, experts: int) -> Found:
     """
     heads = torch.arange(ROWS) % experts
     with _in_float32(model):
-        calls = _working(model, heads)
+        calls, problem = _working(model, heads)
         if not calls:
-            return Found("no inputs could be made up for a dry run")
+            return Found(f"no inputs could be made up for a dry run ({problem})")
         return _compared(model, calls, heads, experts)
 
 
@@ -113,8 +113,12 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _working(model: nn.Module, heads: Tensor) -> list[Call]:
-    """Calls of the model on made-up rows, or on one of them, that work without any weights."""
+def _working(model: nn.Module, heads: Tensor) -> tuple[list[Call], str]:
+    """Calls of the model on made-up rows, or on one of them, that work without any weights.
+
+    If there are none, also what went wrong in the last try.
+    """
+    seen = f"{type(model).__name__} takes nothing that is known"
     for inputs in _inputs(model):
         methods = [
             name for name in ("get_text_features", "get_image_features") if hasattr(model, name)
@@ -130,10 +134,10 @@ def _working(model: nn.Module, heads: Tensor) -> list[Call]:
             with routed(Routing(None, heads, ROWS)):
                 for call in calls:
                     call(None)
-            return calls
-        except Exception:  # any model at all may stand here; this one wants other inputs
-            continue
-    return []
+            return calls, ""
+        except Exception as problem:  # any model at all may stand here; this one wants other inputs
+            seen = f"{type(problem).__name__}: {first_line(problem)}"
+    return [], seen
 
 
 def _calling(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Call:

@@ -117,10 +117,10 @@ class TwinExperts(Wrapping):
     def _expert(self, expert: int, x: Tensor, mix: Mix | None) -> Float[Tensor, "token in"]:
         y = self._linear("gate_up_proj", expert, x, mix)
         if hasattr(self.inner, "_apply_gate"):
-            y = self.inner._apply_gate(y)  # type: ignore[operator]
+            y = self.inner._apply_gate(y)
         else:
             gate, up = y.chunk(2, dim=-1)
-            y = self.inner.act_fn(gate) * up  # type: ignore[operator]
+            y = self.inner.act_fn(gate) * up
         return self._linear("down_proj", expert, y, mix)
 
     def _linear(self, name: str, expert: int, x: Tensor, mix: Mix | None) -> Tensor:

@@ -17,7 +17,19 @@ from torch import Tensor
 
 from ..errors import InputError
 from .arguments import Given, Weights
-from .caches import CACHE, PromptCache, cached_weights, check_origin, check_same, rows_alone, tag
+from .caches import (
+    CACHE,
+    RECURRENT,
+    PromptCache,
+    brought,
+    cached_weights,
+    check_origin,
+    check_same,
+    filled,
+    given_back,
+    rows_alone,
+    tag,
+)
 from .per_row import NotRowWise
 from .plan import groups
 from .router.features import Features
@@ -70,7 +82,7 @@ def generate(
     _check_speculation(twin, prompt_cache, options)
     if prompt_cache is not None:
         return _go_on(twin, prompt_cache, weights, task, batch, times, options)
-    known = cached_weights(twin, options.get(CACHE), batch * times, weights, task)
+    known = cached_weights(twin, brought(options), batch * times, weights, task)
     if known is not None:
         return _run(twin, rows_alone(batch), known[::times], None, times, options)
     if not read:
@@ -164,8 +176,9 @@ def _lasts(twin: TwinModel, prompt: dict[str, Any], times: int, options: dict[st
 def _generated(
     twin: TwinModel, routing: Routing, weights: Weights, times: int, options: dict[str, Any]
 ) -> Any:
-    if options.get(CACHE) is not None:  # filled while it runs, also if it stops half-way
-        tag(twin, options[CACHE], weights.repeat_interleave(times, dim=0))
+    cache = brought(options)
+    if cache is not None:  # filled while it runs, also if it stops half-way
+        tag(twin, cache, weights.repeat_interleave(times, dim=0))
     if times > 1 and _encodes(twin):
         with routed(routing):
             options = options | _encoded(twin, options)
@@ -196,7 +209,7 @@ def _encoded(twin: TwinModel, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tagged(twin: TwinModel, output: Any, weights: Weights, times: int) -> Any:
-    cache = getattr(output, CACHE, None)
+    cache = given_back(output)
     if cache is not None:
         tag(twin, cache, weights.repeat_interleave(times, dim=0))
     return output
@@ -207,7 +220,9 @@ def _on_the_way(twin: TwinModel, options: dict[str, Any]) -> bool:
 
     `generate` numbers the prompt's tokens as a forward for features does, padded or not.
     """
-    if any(options.get(key) is not None for key in (CACHE, "assistant_model", "encoder_outputs")):
+    if brought(options) is not None:
+        return False
+    if any(options.get(key) is not None for key in ("assistant_model", "encoder_outputs")):
         return False
     return _option(twin, options, "prefill_chunk_size") is None and twin._on_the_way({})
 
@@ -248,7 +263,7 @@ def _go_on(
 ) -> Any:
     """Generate after a prefix: its tokens are not run again."""
     ids = options.get("input_ids")
-    if ids is None or options.get(CACHE) is not None or "inputs_embeds" in options:
+    if ids is None or brought(options) is not None or "inputs_embeds" in options:
         raise InputError(
             f"prompt_cache=: expected whole prompts as input_ids=, and no {CACHE}= or "
             f"inputs_embeds= beside it, got {', '.join(sorted(options))}."
@@ -369,9 +384,8 @@ def _check_speculation(
 ) -> None:
     """transformers' assisted generation miscounts the tokens of a cache that is brought along."""
     guesses = [n for n in ("assistant_model", "prompt_lookup_num_tokens") if options.get(n)]
-    cache = options.get(CACHE)
-    brought = cache is not None and int(cache.get_seq_length()) > 0
-    if guesses and (prompt_cache is not None or brought):
+    cache = brought(options)
+    if guesses and (prompt_cache is not None or (cache is not None and filled(cache))):
         name = "prompt_cache" if prompt_cache is not None else CACHE
         raise InputError(
             f"{guesses[0]}= with {name}=: transformers gives other tokens than without a cache. "
@@ -433,7 +447,7 @@ def _padding(twin: TwinModel, options: dict[str, Any]) -> int:
 
 def _check_groups(twin: TwinModel, options: dict[str, Any]) -> None:
     config = options.get("generation_config")
-    for name in ("return_dict_in_generate", CACHE, "streamer"):
+    for name in ("return_dict_in_generate", CACHE, RECURRENT, "streamer"):
         if options.get(name) or getattr(config, name, None):
             raise InputError(
                 f"{name}=: {type(twin.model).__name__} runs one weighting at a time, so rows of "

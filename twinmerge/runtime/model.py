@@ -33,7 +33,7 @@ from .arguments import (
     tensors,
     tokens_of,
 )
-from .caches import CACHE, RECURRENT, UNTRACKED, PromptCache, cached_weights, tag
+from .caches import PromptCache, brought, cached_weights, given_back, tag
 from .cost import plan_costs
 from .generate import generate, prefill
 from .heads import HeadSwitch
@@ -466,13 +466,7 @@ class TwinModel(nn.Module):
                 "labels=: no loss is defined where experts have heads of their own. Compute it "
                 "from `logits` and `expert`."
             )
-        for name in UNTRACKED:
-            if inputs.get(name) is not None:
-                raise InputError(
-                    f"{name}=: is valid for the weights that it was made with, and does not say "
-                    "which. Run the whole input again."
-                )
-        cache = inputs.get(CACHE, inputs.get(RECURRENT))
+        cache = brought(inputs)
         if cache is not None:
             rows = batch_size(inputs)
             known = cached_weights(self, cache, rows, weights, task, top_k, threshold)
@@ -519,7 +513,7 @@ class TwinModel(nn.Module):
                 with routed(decided.routing):
                     return _output(self, call(**inputs), decided)
         except NotRowWise as seen:  # in no dry run
-            if options["plan"] != "auto" or inputs.get("past_key_values") is not None:
+            if options["plan"] != "auto" or brought(inputs) is not None:
                 raise
             problem, options = seen, options | {"plan": "split"}
             decided = self.decide(inputs, **given, **options)
@@ -543,13 +537,14 @@ class TwinModel(nn.Module):
         return _output(self, output, decided)
 
     def _check_checkpointing(self) -> None:
-        if not (self.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+        modules = (each for each in self.model.modules() if each.training)
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: gradient checkpointing runs layers again after the "
-                "forward, where no row's weights are known. Switch "
-                "it off in model.model, or run under torch.no_grad()."
+                "forward, where no row's weights are known. Switch it off in model.model, or run "
+                "under torch.no_grad()."
             )
 
     def _on_the_way(self, inputs: Mapping[str, Any]) -> bool:
@@ -778,7 +773,7 @@ def _output(twin: TwinModel, output: Any, decided: Decided) -> TwinOutput:
     values = list(output.values()) if isinstance(output, Mapping) else output
     if any(isinstance(value, PerRow) for value in tree_flatten(values)[0]):
         raise NotRowWise("an output never met the batch")
-    cache = getattr(output, CACHE, None) or getattr(output, RECURRENT, None)
+    cache = given_back(output)
     if cache is not None:
         tag(twin, cache, decided.weights)
     return TwinOutput(

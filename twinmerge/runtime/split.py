@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import ModelOutput
 
 from ..errors import InputError, UnsupportedModel
+from .caches import brought
 from .plan import Group
 from .routing import routed
 
@@ -33,10 +34,11 @@ def run_split(
 
     Raises `InputError` for a key-value cache, `UnsupportedModel` for an output without rows.
     """
-    if inputs.get("past_key_values") is not None:
+    if brought(inputs) is not None:
         raise InputError(
-            "past_key_values=: rows of other weights run one group after the other here, and a "
-            "cache cannot be cut. Pass one weighting for the whole batch, or no plan='split'."
+            "past_key_values=, cache_params=: rows of other weights run one group after the other "
+            "here, and a cache cannot be cut. Pass one weighting for the whole batch, or no "
+            "plan='split'."
         )
     outputs = []
     for group in groups:

@@ -38,7 +38,7 @@ class Affine(Mixing):
         if bias is not None:
             self.twin_mixers["bias"] = bias
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor:
         mix = self._mix(input)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None

@@ -74,7 +74,7 @@ class TwinConv(Wrapping):
             inner.stride,
             inner.padding,
             inner.dilation,
-            groups,  # type: ignore[arg-type]
+            groups,
         )
         y = y.view(rows, inner.out_channels, *y.shape[2:])
         if inner.bias is None:
