@@ -30,6 +30,7 @@ from twinmerge.errors import InputError
 from twinmerge.merging.copies import _chat_template
 from twinmerge.recipe import Router
 from twinmerge.runtime.answer import answer_texts
+from twinmerge.runtime.caches import tag
 from twinmerge.runtime.load import load
 from twinmerge.runtime.per_row import Ambiguous, NotRowWise
 from twinmerge.runtime.router.fit import fit_router
@@ -582,7 +583,8 @@ def test_a_recurrent_state_carries_its_weights_too(tmp_path):
         twin(input_ids=ids[:, :1], cache_params=state, past_key_values=None, task="law")
     with pytest.raises(InputError, match="the call asks for"):
         twin.generate(ids, cache_params=state, task="law", max_new_tokens=2)
-    mixed = twin(input_ids=ids, task=["math", "law"], use_cache=True).cache_params
+    mixed = copy.deepcopy(state)
+    tag(twin, mixed, torch.eye(3)[:2])
     with pytest.raises(InputError, match="cannot be cut"):
         twin(input_ids=ids[:, :1], cache_params=mixed, plan="split")
     got = twin(input_ids=ids[:, :1], cache_params=state)
