@@ -107,7 +107,7 @@ def main(
             reference[name] = score_plain(model, expert, name, task).score
             seconds += time.perf_counter() - started
         compared = compare_grouped(model, tasks, ways, reference=reference)
-    results["router"] = {"layer": router.layer, "held_out_accuracy": router.held_out_accuracy}
+    results["router"] = {"reads": router.said, "held_out_accuracy": router.held_out_accuracy}
     results["experts"] = {"seconds": seconds, "scores": reference}
     results["rows"] = sum(len(task.encoded) for task in tasks.values())
     results["ways"] = [way.to_dict() for way in compared]

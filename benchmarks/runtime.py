@@ -78,6 +78,7 @@ from twinmerge.runtime.export import DenseMerge
 from twinmerge.runtime.load import load
 from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.router.mlp import RouterMLP
+from twinmerge.runtime.router.router import Router
 
 AXES = {"batch": (1, 8, 32, 64), "tokens": (32, 128, 512), "experts": (2, 8, 32, 64)}
 AXES |= {"rank": (1, 16, 64)}
@@ -335,16 +336,18 @@ def wide(bench: Bench, results: Results) -> None:
         batch = moved(random_batch(vocabulary, cell.batch, cell.tokens), bench.device)
         found = forward_cell(bench, twin, dense, plain, batch)
         # What a router chooses does not matter here, that it chooses one expert for each row does.
-        twin.router = RouterMLP(plain.config.hidden_size, plain.config.hidden_size, cell.experts)
-        twin.router.to(bench.device).eval()
+        width = plain.config.hidden_size
+        twin.router = Router(RouterMLP(width, width, cell.experts), (0,)).to(bench.device).eval()
         calls: dict[str, Callable[[], Any]] = {"plain": lambda: plain(**batch)}
         for layer in (0, 2):
-            calls[f"route {layer}"] = at_layer(twin, layer, lambda: twin.route(**batch))
+            calls[f"route {layer}"] = at_layer(
+                twin, layer, lambda: twin.route(allowed=None, **batch)
+            )
             calls[f"routed {layer}, top_k=1"] = at_layer(
                 twin, layer, lambda: twin(**batch, top_k=1)
             )
         in_all = in_turn(calls, bench.limits, bench.device)
-        sizes = {"layers": twin.features.layers, "width": plain.config.hidden_size}
+        sizes = {"layers": twin.features.layers, "width": width}
         results.add("wide", asdict(cell) | sizes | found | {"routing": in_all})
         advance(f"{cell}: {shown(found['ratio'])}")
 
@@ -478,7 +481,8 @@ def at_layer(twin: TwinModel, layer: int, call: Callable[[], Any]) -> Callable[[
     """The call with a router that reads this layer."""
 
     def work() -> Any:
-        twin.router_layer = layer
+        assert twin.router is not None
+        twin.router.layers = (layer,)
         return call()
 
     return work
@@ -492,7 +496,8 @@ def routing(bench: Bench, results: Results) -> None:
     """
     cell = bench.headline
     twin = bench.load(bench.routed())
-    layers, fitted = twin.features.layers, twin.router_layer
+    assert twin.router is not None
+    layers, fitted = twin.features.layers, twin.router.last
     if not results.missing("routing", [{"layer": layer} for layer in range(layers + 1)]):
         return
     results.data["routing"]["rows"] = []  # all layers are timed in turn, or none
@@ -505,7 +510,7 @@ def routing(bench: Bench, results: Results) -> None:
     share = {}
     total = flops(lambda: plain(**batch))
     for layer in range(layers + 1):
-        route = at_layer(twin, layer, lambda: twin.route(**batch))
+        route = at_layer(twin, layer, lambda: twin.route(allowed=None, **batch))
         share[layer] = flops(route) / total
         calls[f"route {layer}"] = route
         calls[f"forward {layer}"] = given(route())

@@ -71,7 +71,9 @@ def with_router(artifact: Path, out: Path, data: Path, rows: int, max_tokens: in
             name: [text_of(row, task_for(name, None).columns) for row in table]
             for name, table in found.items()
         }
-        fit_router(out, texts, Router(rows_per_task=rows), max_tokens=max_tokens)
+        # The paper's network on one layer: what is timed is where a router reads, not which.
+        settings = Router(kind="mlp", layer=3, coverage=1.0, rows_per_task=rows)
+        fit_router(out, texts, settings, max_tokens=max_tokens)
     return out
 
 

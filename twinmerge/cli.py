@@ -264,14 +264,60 @@ def doctor(
 def fit_router(
     out: Out,
     data: Annotated[
-        Path,
-        typer.Argument(help="Folder with EXPERT.jsonl or EXPERT/SPLIT.jsonl for every expert."),
-    ],
+        Path | None,
+        typer.Argument(
+            help="Folder with EXPERT.jsonl or EXPERT/SPLIT.jsonl for every expert. Not needed for "
+            "the kinds `projection` and `none`."
+        ),
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="`prototype` (default), `linear`, `mlp` (the paper's): learn from rows. "
+            "`prompts`: a few lines per expert. `projection`: no data. `none`: fixed weights."
+        ),
+    ] = "",
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Compare prototype, linear and mlp, and say why one.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Which file of EXPERT/ to read.")] = "train",
     layer: Annotated[
-        str, typer.Option(help="Layer to read features from: `auto` or a number (0: embeddings).")
+        str,
+        typer.Option(
+            help="Layers to read: `auto`, a number (0: embeddings), or several such as `0,2,4`."
+        ),
     ] = "",
+    pooling: Annotated[
+        str, typer.Option(help="Of a layer's tokens: `mean` (default), `first` or `last`.")
+    ] = "",
+    encoder: Annotated[
+        str, typer.Option(help="Folder or hub id of a small encoder to read instead.")
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(help="With --kind none: `a=0.7,b=0.3`. Default: even.")
+    ] = "",
+    sharpness: Annotated[
+        str,
+        typer.Option(
+            help="Power on probabilities: `auto`, a number from 1 on, or `top`: one each."
+        ),
+    ] = "",
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the experts' own inputs that are not taken for new (0.99). Inputs that "
+            "are get the shared expert; 1: none ever."
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            help="Texts per expert to keep in OUT for `explain` (default 0: none of your rows).",
+            min=0,
+        ),
+    ] = None,
     rows: Annotated[int | None, typer.Option(help="Rows per expert, at most.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws rows and parts.", min=0)] = None,
     columns: Columns = None,
     max_tokens: MaxTokens = None,
     quiet: Quiet = False,
@@ -279,8 +325,9 @@ def fit_router(
 ) -> None:
     """Fit the router on rows of DATA and store it in OUT.
 
-    A few dozen texts per expert, like those that it is for, will do; labels are not needed. What
-    to use (epoch, layer) is decided on a fifth of the rows that is set aside.
+    A few dozen texts per expert, like those that it is for, will do; labels are not needed. The
+    rows are divided in parts that train, calibrate and choose; rows that are nearly alike stay
+    together. What is printed is measured on the last part.
     """
     from .artifact.reader import Artifact
     from .data import read_tasks, text_of
@@ -289,21 +336,37 @@ def fit_router(
 
     manifest = Artifact(out, check=False).manifest
     settings: dict[str, Any] = dict(manifest.recipe.get("router", {}))
-    if layer:
-        settings["layer"] = int(layer) if layer.isdecimal() else layer
-    if rows is not None:
-        settings["rows_per_task"] = rows
-    found, unused = read_tasks(data, manifest.names, split)
-    for name in unused:
-        typer.echo(f"note: {data}: '{name}' is no expert of {out}; its rows are not used", err=True)
-    texts = {
-        name: [text_of(row, _columns(columns)) for row in table] for name, table in found.items()
+    if auto and kind not in ("", "auto"):
+        raise InputError(f"--auto --kind {kind}: --auto compares kinds. Give one of them.")
+    given = {
+        "kind": "auto" if auto else kind,
+        "layer": _numbers(layer),
+        "pooling": pooling,
+        "encoder": encoder,
+        "weights": _weighting(weights),
+        "sharpness": _number_or_word(sharpness),
     }
+    settings |= {name: value for name, value in given.items() if value not in ("", None)}
+    counted = {"coverage": coverage, "rows_per_task": rows, "seed": seed, "examples": examples}
+    settings |= {name: value for name, value in counted.items() if value is not None}
+    texts = None
+    if data is not None:
+        found, unused = read_tasks(data, manifest.names, split)
+        for name in unused:
+            typer.echo(
+                f"note: {data}: '{name}' is no expert of {out}; its rows are not used", err=True
+            )
+        texts = {
+            name: [text_of(row, _columns(columns)) for row in table]
+            for name, table in found.items()
+        }
     with _stages(quiet) as progress:
         fitted = fit(
             out, texts, _checked(Router, settings), max_tokens=max_tokens, progress=progress
         )
-    show.print_result(fitted.model_dump(mode="json"), as_json, show.router_text)
+    show.print_result(
+        fitted.model_dump(mode="json") | {"said": fitted.said}, as_json, show.router_text
+    )
 
 
 @app.command()
@@ -313,6 +376,9 @@ def run(
         Path | None, typer.Argument(help="Lines of text or JSON lines; default: standard input.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Use this expert for every row.")] = None,
+    allowed: Annotated[
+        str | None, typer.Option(help="Experts that the router may choose from, e.g. `qqp,mrpc`.")
+    ] = None,
     top_k: TopK = None,
     threshold: Threshold = None,
     columns: Columns = None,
@@ -331,7 +397,9 @@ def run(
     Each says which expert answered, with what weight, and the answer. A plain line is one text
     (a tab separates a pair); JSON lines hold `text` and `text_pair`, or columns as public data sets
     name them. A batch in which every row uses few experts runs faster: `--top-k 1` gives each row
-    its best one. Rows then say how much weight was `dropped`.
+    its best one. Rows then say how much weight was `dropped`. `confidence` is the probability of
+    the likeliest expert; a row that is unlike all experts' data says `new` and is answered by the
+    shared expert, with the head of the likeliest.
     """
     from .artifact.reader import Artifact
     from .data import parse_inputs, text_of
@@ -351,6 +419,7 @@ def run(
             model,
             texts,
             task=task,
+            allowed=_columns(allowed),
             batch_size=batch_size,
             max_tokens=max_tokens,
             max_new_tokens=max_new_tokens,
@@ -485,6 +554,30 @@ def _columns(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _numbers(text: str) -> Any:
+    """`auto`, 3 or [0, 2, 4], as a recipe writes it."""
+    parts = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _number_or_word(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _weighting(text: str) -> dict[str, float] | None:
+    """{"a": 0.7, "b": 0.3} of `a=0.7,b=0.3`."""
+    if not text:
+        return None
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise InputError(f"--weights {text}: expected names and numbers, `a=0.7,b=0.3`.") from None
+
+
 def _checked(model: Any, settings: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
@@ -492,7 +585,7 @@ def _checked(model: Any, settings: dict[str, Any]) -> Any:
         return model.model_validate(settings)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = "--" + str(first["loc"][0]).replace("rows_per_task", "rows")
+        where = "--" + str(first["loc"][0] if first["loc"] else "").replace("rows_per_task", "rows")
         raise InputError(f"{where}: {first['msg']}, got {first['input']!r}.") from None
 
 

@@ -70,7 +70,7 @@ def summarise(manifest: Any, out: Path) -> dict[str, Any]:
         if manifest.router is None
         else {
             key: getattr(manifest.router, key)
-            for key in ("layer", "held_out_accuracy", "held_out_rows", "bytes")
+            for key in ("said", "kind", "layers", "held_out_accuracy", "held_out_rows", "bytes")
         },
         "budget": None if manifest.budget is None else manifest.budget.model_dump(),
         "warnings": list(manifest.warnings),
@@ -149,10 +149,13 @@ def inspect_text(result: dict[str, Any]) -> None:
     if router is None:
         typer.echo("router: none yet; fit one with 'twinmerge fit-router'")
     else:
-        typer.echo(
-            f"router: reads layer {router['layer']}; right on {router['held_out_accuracy']:.1%} of "
-            f"{router['held_out_rows']:,} rows held out from its own data"
-        )
+        line = f"router: {router['said']}"
+        if router["held_out_accuracy"] is not None:
+            line += (
+                f"; right on {router['held_out_accuracy']:.1%} of {router['held_out_rows']:,} rows "
+                "held out from its own data"
+            )
+        typer.echo(line)
     for warning in folded(result["warnings"]):
         typer.echo(f"warning: {warning}")
 
@@ -211,31 +214,60 @@ def _interval(rows: int, rate: float) -> str:
 
 
 def router_text(result: dict[str, Any]) -> None:
-    _table(
-        "",
-        ["layer", "held-out accuracy", ""],
-        [
-            [layer, f"{accuracy:.1%}", "chosen" if int(layer) == result["layer"] else ""]
-            for layer, accuracy in result["accuracy_by_layer"].items()
-        ],
-    )
-    rate, held_out = result["held_out_accuracy"], result["held_out_rows"]
-    typer.echo(
-        f"\nrouter: {rate:.1%} of {held_out:,} held-out rows go to their own expert (which tells "
-        f"{_interval(held_out, rate)}); fitted on {sum(result['rows'].values()):,} rows, "
-        f"{result['bytes']:,} bytes"
-    )
-    confused = sorted(
-        (
-            (count, true, chosen)
-            for true, row in result["confusion"].items()
-            for chosen, count in row.items()
-            if true != chosen
-        ),
-        reverse=True,
-    )
-    for count, true, chosen in confused[:5]:
-        typer.echo(f"  {count} rows of {true} went to {chosen}")
+    if result["tried"]:
+        _table(
+            "",
+            ["router", "layers", "right", "loss", "seconds", ""],
+            [
+                [
+                    each["kind"],
+                    ", ".join(map(str, each["layers"])),
+                    f"{each['accuracy']:.1%}",
+                    _number(each["loss"], ".3f"),
+                    _number(each["seconds"], ".2f"),
+                    "chosen" if _same(each, result) else "",
+                ]
+                for each in result["tried"]
+            ],
+        )
+        typer.echo(f"chosen: {result['reason']}")
+    rows = sum(result["rows"].values())
+    if result["held_out_accuracy"] is None:
+        typer.echo(
+            f"\nrouter: {result['said']}; nothing says how often it is right: no rows were held "
+            f"out. {result['bytes']:,} bytes"
+        )
+    else:
+        rate, held_out = result["held_out_accuracy"], result["held_out_rows"]
+        typer.echo(
+            f"\nrouter: {rate:.1%} of {held_out:,} held-out rows go to their own expert (which "
+            f"tells {_interval(held_out, rate)}); fitted on {rows:,} rows, "
+            f"{result['bytes']:,} bytes"
+        )
+        typer.echo(
+            f"calibration: temperature {result['temperature']:.3g}, expected calibration error "
+            f"{result['calibration_error']:.3f} (before: {result['uncalibrated_error']:.3f}); "
+            f"sharpness {result['sharpness']}"
+        )
+    novelty = result["novelty"]
+    if novelty is not None:
+        line = (
+            f"new inputs: told by layer {novelty['layer']}, at {novelty['coverage']:.0%} coverage"
+        )
+        if novelty["noticed"]:
+            shares = [f"{name} {share:.0%}" for name, share in novelty["noticed"].items()]
+            line += f"; noticed of an expert's rows if it were unknown: {', '.join(shares)}"
+        typer.echo(line)
+    for warning in result["warnings"]:
+        typer.echo(f"warning: {warning}")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _same(each: dict[str, Any], result: dict[str, Any]) -> bool:
+    return each["kind"] == result["kind"] and list(each["layers"]) == list(result["layers"])
 
 
 def eval_text(result: dict[str, Any]) -> None:

@@ -106,8 +106,8 @@ def main(
         + ", ".join(f"{name} {by_task[name]}/{tasks[name]}" for name in manifest.names)
     )
     console.print(
-        f"right answers, the routing included (✓): {answered} of {len(new)}; router reads layer "
-        f"{fitted.layer}, {fitted.held_out_accuracy:.0%} right on {fitted.held_out_rows} rows held "
+        f"right answers, the routing included (✓): {answered} of {len(new)}; router: "
+        f"{fitted.said}, {fitted.held_out_accuracy:.0%} right on {fitted.held_out_rows} rows held "
         "out from its own examples"
     )
     shared = sum(tensor.bytes for tensor in manifest.tensors)

@@ -25,12 +25,19 @@ def model_card(manifest: Manifest) -> str:
     router = "No router was fitted yet: `twinmerge fit-router THIS_FOLDER DATA`."
     if manifest.router is not None:
         fitted = manifest.router
-        router = (
-            f"Three-layer network on the mean hidden state after layer {fitted.layer} of the "
-            f"shared expert, fitted on {sum(fitted.rows.values()):,} rows. It chooses the right "
-            f"expert for {fitted.held_out_accuracy:.1%} of {fitted.held_out_rows:,} rows held out "
-            f"from its own data. {fitted.bytes:,} bytes."
-        )
+        router = f"{fitted.said[0].upper()}{fitted.said[1:]}; {fitted.bytes:,} bytes."
+        if fitted.held_out_accuracy is not None:
+            router += (
+                f" Fitted on {sum(fitted.rows.values()):,} rows; it chooses the right expert for "
+                f"{fitted.held_out_accuracy:.1%} of {fitted.held_out_rows:,} rows held out from "
+                f"its own data, with an expected calibration error of "
+                f"{fitted.calibration_error or 0:.3f}."
+            )
+        if fitted.novelty is not None:
+            router += (
+                f" Inputs that are unlike all experts' data get the shared expert alone: "
+                f"{1 - fitted.novelty.coverage:.1%} of the experts' own would."
+            )
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 

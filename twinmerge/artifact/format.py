@@ -1,7 +1,7 @@
 """The manifest: what an artifact holds, tensor by tensor, and how to know that it is whole.
 
-`docs/format.md` describes the folder; this module is its schema. Version 2;
-a manifest of version 1 is read as the manifest of version 2 that it amounts to.
+`docs/format.md` describes the folder; this module is its schema. Version 3; manifests of versions 1
+and 2 are read as what they amount to in version 3.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import CorruptArtifact, UnsupportedFormat
 
-FORMAT_VERSION = 2
-_READ = (1, FORMAT_VERSION)
+FORMAT_VERSION = 3
+_READ = (1, 2, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 ROUTER = "router.safetensors"
 RECIPE = "recipe.yaml"
+EXAMPLES = "router-examples.json"
+"""Rows that the router was fitted on, by expert, as `data.text_of` reads them."""
 
 # Suffixes of tensor names inside experts/<name>.safetensors
 A, B, DELTA, HEAD = ".a", ".b", ".delta", ".head"
@@ -104,29 +106,106 @@ class ExpertRecord(_Record):
     """Of its file: factors, vectors and head."""
 
 
+class Tried(_Record):
+    """One router that was compared, on rows that neither trained nor calibrated it."""
+
+    kind: str
+    layers: tuple[int, ...]
+    pooling: str = "mean"
+    accuracy: float
+    """Share of the held-out rows that go to their own expert."""
+    loss: float | None = None
+    """Mean -log of the probability of the own expert, calibrated. None where not measured."""
+    seconds: float | None = None
+    """To fit; None where not measured."""
+
+
+class NoveltyRecord(_Record):
+    """How inputs that are unlike all experts' data are told."""
+
+    layer: int
+    """Whose features are looked at."""
+    coverage: float
+    """Share of calibration rows that stay below the threshold."""
+    threshold: float
+    noticed: dict[str, float]
+    """By expert: the share of its rows that is noticed if the router does not know it, at the
+    threshold of the same coverage. Empty with two experts or fewer."""
+
+
 class RouterRecord(_Record):
     """How the router was fitted, and how well it does on rows held out from its own data."""
 
-    kind: Literal["mlp"]
-    layer: int
-    """Features are the mean over tokens after this many blocks; 0 is the embeddings."""
+    kind: Literal["none", "projection", "prompts", "prototype", "linear", "mlp"]
+    layers: tuple[int, ...]
+    """Features are hidden states after this many blocks, side by side; 0 is the embeddings."""
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """What is taken over the tokens."""
+    encoder: str | None = None
+    """Where an encoder of the router's own came from; it is in `router-encoder`."""
     width: int
-    hidden: int
+    """Of the features, all layers together."""
+    hidden: int | None = None
+    """Of an mlp's hidden layers."""
     experts: tuple[str, ...]
     shared_sha256: dict[str, str]
     """Digests of the shared expert's files that the features came from."""
+    temperature: float = 1.0
+    sharpness: float | Literal["top"] = 1.0
+    novelty: NoveltyRecord | None = None
+    """None: every input is given to the experts, however odd."""
     rows: dict[str, int]
     """Rows per expert that the router was fitted on."""
+    refitted: bool = False
+    """Whether what is stored has also learnt from the rows that chose and calibrated it."""
+    calibration_rows: int = 0
     held_out_rows: int
-    held_out_accuracy: float
-    accuracy_by_layer: dict[int, float]
+    held_out_accuracy: float | None
+    """None where no rows were held out."""
+    calibration_error: float | None = None
+    """Expected calibration error on the held-out rows."""
+    uncalibrated_error: float | None = None
+    """The same at temperature 1."""
     confusion: dict[str, dict[str, int]]
     """Held-out rows: true expert -> chosen expert -> count."""
-    epoch: int
+    tried: tuple[Tried, ...] = ()
+    reason: str = ""
+    """Why this one of those tried."""
+    warnings: tuple[str, ...] = ()
+    """What is odd about the rows that it was fitted on."""
+    epoch: int | None = None
+    """Of an mlp: the one that is kept."""
     seed: int
-    max_tokens: int
+    max_tokens: int | None
     """Texts that it was fitted on were cut to this many tokens."""
     bytes: int
+
+    @property
+    def said(self) -> str:
+        """What it is and what it reads, in words."""
+        if self.kind == "none":
+            return "the same weights for every input"
+        if self.encoder is not None:
+            return f"{self.kind}, reads an encoder of its own"
+        return f"{self.kind}, reads {layers_said(self.layers)}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_2(cls, data: Any) -> Any:
+        if not (isinstance(data, dict) and "layer" in data):
+            return data
+        data = dict(data)
+        data["layers"] = [data.pop("layer")]
+        data["tried"] = [
+            {"kind": "mlp", "layers": [int(layer)], "accuracy": accuracy}
+            for layer, accuracy in data.pop("accuracy_by_layer", {}).items()
+        ]
+        return data
+
+
+def layers_said(layers: tuple[int, ...]) -> str:
+    """`layer 3`, `layers 0, 2, 4`."""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
 
 class BudgetRecord(_Record):
@@ -198,7 +277,7 @@ def parse_manifest(text: str, folder: Path) -> Manifest:
     if version not in _READ:
         raise UnsupportedFormat(
             f"{folder / MANIFEST}: format version {version!r}; this release of twinmerge reads "
-            f"versions {' and '.join(map(str, _READ))}. Upgrade twinmerge, or build the artifact "
+            f"versions {_READ[0]} to {_READ[-1]}. Upgrade twinmerge, or build the artifact "
             "again."
         )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ArtifactError, CorruptArtifact, RouterError
-from .format import MANIFEST, ROUTER, Manifest, expert_file, parse_manifest
+from .format import EXAMPLES, MANIFEST, ROUTER, Manifest, expert_file, parse_manifest
 from .tensorfile import record
 
 
@@ -85,6 +86,13 @@ class Artifact:
             )
         with _opened(self.folder / ROUTER) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
+
+    def examples(self) -> dict[str, list[Any]]:
+        """Rows that `fit-router --examples` kept, by expert; empty if none were."""
+        path = self.folder / EXAMPLES
+        if EXAMPLES not in self.manifest.files:
+            return {}
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager

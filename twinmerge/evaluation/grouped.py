@@ -95,8 +95,7 @@ def compare_grouped(
     reference: the experts' own scores on the same rows
 
     The exact way stands first. Routing is run once for all grouped ways; its seconds count in each.
-    Raises `InputError` for no tasks or bad numbers of groups, `RouterError` without a router,
-    `MissingExtra` without scikit-learn.
+    Raises `InputError` for no tasks or bad numbers of groups, `RouterError` without a router.
     """
     if not tasks:
         raise InputError("expected rows of at least one task, got none.")

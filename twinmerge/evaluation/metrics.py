@@ -1,4 +1,4 @@
-"""Task metrics, from scikit-learn and scipy (the extra `eval`)."""
+"""Task metrics, from scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import InputError, MissingExtra, did_you_mean
+from ..errors import InputError, did_you_mean
 
 
 def _sklearn() -> Any:
-    try:
-        import sklearn.metrics
-    except ImportError:
-        raise MissingExtra("metrics need scikit-learn: pip install 'twinmerge[eval]'") from None
+    import sklearn.metrics  # slow to import, and `twinmerge --help` needs none
+
     return sklearn.metrics
 
 
@@ -42,10 +40,8 @@ def macro_f1(truth: Sequence[float], guess: Sequence[float]) -> float:
 
 def pearson_spearman(truth: Sequence[float], guess: Sequence[float]) -> float:
     """Mean of Pearson and Spearman correlation; 0 where all guesses are equal."""
-    try:
-        from scipy.stats import pearsonr, spearmanr
-    except ImportError:
-        raise MissingExtra("metrics need scipy: pip install 'twinmerge[eval]'") from None
+    from scipy.stats import pearsonr, spearmanr
+
     if len(set(guess)) < 2 or len(set(truth)) < 2:
         return 0.0
     with warnings.catch_warnings():

@@ -42,12 +42,15 @@ class TaskScore:
     metric: str
     rows: int
     routing_accuracy: float | None
-    """Share of rows whose highest weight is their own expert's; None where nothing was routed."""
+    """Share of rows that the router finds likeliest to be their own expert's; None where nothing
+    was routed."""
     truncated: int
     """Rows cut to the token limit."""
     seconds: float
     dropped: float | None = None
     """Weight that `top_k` and `threshold` left out, mean over rows; None if neither was given."""
+    new: float | None = None
+    """Share of rows that were taken for unlike all experts' data; None where nothing was routed."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,11 @@ class Report:
             "routing_accuracy": self.routing_accuracy,
             "seconds_per_1000_rows": self.seconds_per_1000,
             "tasks": {
-                name: {k: v for k, v in asdict(task).items() if k != "dropped" or v is not None}
+                name: {
+                    k: v
+                    for k, v in asdict(task).items()
+                    if k not in ("dropped", "new") or v is not None
+                }
                 | ({"expert": self.reference[name]} if self.reference is not None else {})
                 for name, task in self.tasks.items()
             },
@@ -223,7 +230,7 @@ def _score(
 ) -> TaskScore:
     guesses: list[float | None] = [None] * len(task.encoded)
     dropped: float | None = None
-    routed_right = 0
+    routed_right = new = 0
     own = model.experts.index(name)
     names = model.labels[name]
     seconds = 0.0
@@ -233,10 +240,9 @@ def _score(
         output = model(**batch, **how.options(model, name))
         seconds += time.perf_counter() - started
         assert output.logits is not None and output.expert is not None
-        assert output.weights is not None
-        # A threshold may have dropped all of a row's weights: then none is the highest.
-        highest = (output.weights.argmax(dim=-1) == own) & (output.weights[:, own] > 0)
-        routed_right += int(highest.sum())
+        if output.routed is not None:
+            routed_right += int((output.routed.probabilities.argmax(dim=-1) == own).sum())
+            new += int(output.routed.new.sum())
         if output.dropped is not None:
             dropped = (dropped or 0.0) + float(output.dropped.sum())
         for index, chosen, guess in zip(
@@ -253,6 +259,7 @@ def _score(
         truncated=task.encoded.truncated,
         seconds=seconds,
         dropped=None if dropped is None else dropped / len(task.encoded),
+        new=new / len(task.encoded) if how.routes else None,
     )
 
 

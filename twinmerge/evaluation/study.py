@@ -255,8 +255,9 @@ class Study:
         artifact = Artifact(folder, check=False)
         key = json.dumps(artifact.manifest.shared_files(), sort_keys=True)
         if key in routers:
-            mlp, record = load_router(Artifact(routers[key], check=False))
-            fitted = store_router(artifact, mlp, record)
+            other = Artifact(routers[key], check=False)
+            assert other.manifest.router is not None
+            fitted = store_router(artifact, load_router(other), other.manifest.router)
         else:
             texts = {
                 name: [text_of(row, task_for(name, None).columns) for row in rows]
@@ -266,10 +267,12 @@ class Study:
             fitted = fit_router(folder, texts, settings, max_tokens=self.settings["max_tokens"])
             routers[key] = folder
         return {
-            "layer": fitted.layer,
+            "kind": fitted.kind,
+            "layers": fitted.layers,
             "held_out_accuracy": fitted.held_out_accuracy,
             "held_out_rows": fitted.held_out_rows,
-            "accuracy_by_layer": fitted.accuracy_by_layer,
+            "calibration_error": fitted.calibration_error,
+            "tried": [each.model_dump(mode="json") for each in fitted.tried],
         }
 
     def summary(self, report: Report) -> dict[str, Any]:

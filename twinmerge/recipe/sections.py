@@ -45,12 +45,27 @@ def _percent(text: str) -> float:
     return float(match[1]) if match else math.nan
 
 
-def _layer(value: Any) -> Any:
-    """Accept auto or a layer's number."""
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+ROUTERS = ("none", "projection", "prompts", "prototype", "linear", "mlp")
+"""Kinds of routers, from those that need nothing to those that need rows."""
+
+
+def _kind(value: Any) -> Any:
+    if value in (*ROUTERS, "auto"):
         return value
+    raise ValueError(f"expected {either((*ROUTERS, 'auto'))}, got {value!r}.")
+
+
+def _layer(value: Any) -> Any:
+    """Accept auto, a layer's number, or several numbers."""
+    numbers = value if isinstance(value, list | tuple) and value else [value]
+    if value == "auto" or all(
+        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers
+    ):
+        if len(set(numbers)) == len(numbers):
+            return list(value) if isinstance(value, tuple) else value
     raise ValueError(
-        f"expected auto or an integer of at least 0 (0 is the embeddings), got {value!r}."
+        f"expected auto, an integer of at least 0 (0 is the embeddings) or several different ones "
+        f"in a list, got {value!r}."
     )
 
 
@@ -213,16 +228,52 @@ class Exclusive(Section):
 
 
 class Router(Section):
-    """How `fit-router` trains."""
+    """How `fit-router` works."""
 
-    layer: Annotated[int | str, BeforeValidator(_layer)] = "auto"
-    """Whose output the router reads: auto (chosen on held-out rows) or a number, 0 = embeddings."""
+    kind: Annotated[str, BeforeValidator(_kind)] = "prototype"
+    """none, projection, prompts, prototype, linear, mlp; or auto: the three that learn from rows
+    are compared."""
+
+    layer: Annotated[int | str | list[int], BeforeValidator(_layer)] = "auto"
+    """What the router reads: auto (chosen on held-out rows), a layer's number (0: embeddings) or
+    several, side by side."""
+
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """What is taken over the tokens of a layer."""
+
+    encoder: str | None = None
+    """Folder or hub id of an encoder that the router reads instead of the shared expert."""
+
+    weights: dict[str, float] | None = None
+    """Kind none: the weighting of every input; default even."""
 
     rows_per_task: Positive = 1000
     """Rows taken of each task, at most."""
 
+    calibration: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the rows that set temperature and threshold and are not trained on before."""
+
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the rows that choose between routers and are neither trained nor calibrated on."""
+
+    refit: bool = True
+    """Whether the chosen router learns from all rows in the end."""
+
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Probabilities are softmax(logits / temperature); auto: fitted on the calibration rows."""
+
+    sharpness: Annotated[float, Field(ge=1)] | Literal["auto", "top"] = "auto"
+    """Power that makes weights of probabilities; top: all weight on the best; auto: what brings
+    held-out rows nearest to their own expert's answers."""
+
+    coverage: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of the calibration rows that are not taken for new; 1: nothing ever is."""
+
+    examples: Annotated[int, Field(ge=0)] = 0
+    """Texts of each expert that are kept in the artifact, for `explain` to show the nearest."""
+
     hidden: Positive | None = None
-    """Width of the two hidden layers; default: as wide as the features."""
+    """Of an mlp: width of its two hidden layers; default: as wide as the features."""
 
     epochs: Positive = 30
 
@@ -233,7 +284,16 @@ class Router(Section):
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the rows that choose epoch and layer and are not trained on."""
+    strength: Annotated[float, Field(gt=0)] = 30.0
+    """Of a linear router's ridge, in units of rows."""
 
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _parts(self) -> "Router":
+        if self.calibration + self.held_out >= 1:
+            raise ValueError(
+                f"calibration and held_out: expected less than 1 together, so that rows are left "
+                f"to fit on, got {self.calibration:g} and {self.held_out:g}."
+            )
+        return self

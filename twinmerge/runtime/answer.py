@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from ..data import Chat, Text, encode, known_positions, pad, token_limit
 from ..errors import InputError
-from .model import TwinModel
+from .model import Decided, TwinModel, TwinOutput
 
-KEYS = ("expert", "weight", "answer", "score", "weights", "dropped", "truncated")
+KEYS = (
+    *("expert", "weight", "answer", "score", "weights", "confidence", "new", "dropped"),
+    "truncated",
+)
 """All that a row's dictionary may hold."""
 
 # Rows whose weight is below this are left out of the printed weights (not of the computation).
@@ -23,6 +24,7 @@ def answer_texts(
     texts: Sequence[Text | Chat],
     *,
     task: str | None = None,
+    allowed: Sequence[str] | None = None,
     batch_size: int = 32,
     max_tokens: int | None = None,
     max_new_tokens: int = 128,
@@ -30,8 +32,11 @@ def answer_texts(
     threshold: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One dictionary per text: `expert`, `weight`, `answer`, `score`, `weights`.
+    """One dictionary per text: `expert`, `weight`, `answer`, `score`, `weights`, `confidence`.
 
+    `confidence` is the router's calibrated probability of its likeliest expert, absent where it was
+    not asked (`task`). `new` is there, and true, where an input is unlike all experts' data: then
+    all weights are zero, the shared expert ran, and `expert` says whose head answered.
     `answer` is a label, a value (regression, then `score` is absent), or generated text. Chats
     (`data.chat_of`) are formatted by the tokenizer's template, for the router as for the answer.
     `top_k` and `threshold` are those of `TwinModel.forward`; with one of them, `dropped` says how
@@ -47,7 +52,7 @@ def answer_texts(
     if generates:
         # A decoder goes on from the last column; an encoder numbers positions from the first.
         tokenizer.padding_side = "right" if _encodes(model) else "left"
-    how = {"task": task, "top_k": top_k, "threshold": threshold}
+    how = {"task": task, "allowed": allowed, "top_k": top_k, "threshold": threshold}
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
         encoded = encode(tokenizer, chunk, limit)
@@ -91,7 +96,7 @@ def _answered(model: TwinModel, batch: dict[str, Any], how: dict[str, Any]) -> l
         else:
             result |= {"answer": answer.label, "score": round(answer.score, 4)}
         results.append(result | {"weights": _shown(model, weights)})
-    return _saying(results, output.dropped)
+    return _saying(results, output)
 
 
 def _generated(
@@ -118,16 +123,22 @@ def _generated(
                 "weights": _shown(model, row),
             }
         )
-    return _saying(results, decided.dropped)
+    return _saying(results, decided)
 
 
-def _saying(results: list[dict[str, Any]], dropped: Tensor | None) -> list[dict[str, Any]]:
-    """The results, with what `top_k` and `threshold` dropped if one was given."""
-    if dropped is None:
+def _saying(results: list[dict[str, Any]], ran: TwinOutput | Decided) -> list[dict[str, Any]]:
+    """The results, with what the router said and what `top_k` and `threshold` dropped."""
+    if ran.routed is not None:
+        sure, new = ran.routed.confidence.tolist(), ran.routed.new.tolist()
+        results = [
+            each | {"confidence": round(p, 4)} | ({"new": True} if unlike else {})
+            for each, p, unlike in zip(results, sure, new, strict=True)
+        ]
+    if ran.dropped is None:
         return results
     return [
         each | {"dropped": round(lost, 4)}
-        for each, lost in zip(results, dropped.tolist(), strict=True)
+        for each, lost in zip(results, ran.dropped.tolist(), strict=True)
     ]
 
 

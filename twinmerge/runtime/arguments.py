@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import InputError, did_you_mean
@@ -14,8 +14,10 @@ from ..errors import InputError, did_you_mean
 Weights = Float[Tensor, "batch expert"]
 Given = Tensor | Mapping[str, float] | Sequence | None
 """Weights as a caller writes them: (batch, expert), (expert,), {name: weight}, or one per row."""
+Allowed = str | Sequence[str] | Sequence[Sequence[str]] | None
+"""Experts that the router may choose from: names, or names for each row."""
 
-OPTIONS = ("weights", "task", "head", "top_k", "threshold", "plan")
+OPTIONS = ("weights", "task", "head", "allowed", "top_k", "threshold", "plan")
 TOKENIZE = (
     "Tokenize text first: model(**model.tokenizer(texts, return_tensors='pt', padding=True))."
 )
@@ -110,6 +112,35 @@ def _by_name(weights: Any, experts: Sequence[str]) -> list[float]:
         if isinstance(weight, str) or not hasattr(weight, "__float__"):
             raise InputError(f"weights={{{name!r}: {weight!r}}}: expected a number.")
     return [float(weights.get(name, 0.0)) for name in experts]
+
+
+def allowed_experts(
+    allowed: Allowed, experts: Sequence[str], batch: int, device: torch.device
+) -> Bool[Tensor, "batch expert"] | None:
+    """Which experts each row may be given to; None: all.
+
+    One name, names for all rows, or a list of names per row. Raises `InputError` for unknown names,
+    and where nothing is allowed.
+    """
+    if allowed is None:
+        return None
+    names = [allowed] if isinstance(allowed, str) else list(allowed)
+    per_row = names and not isinstance(names[0], str)
+    rows = [list(each) for each in names] if per_row else [names]
+    if per_row and len(rows) != batch:
+        raise InputError(f"allowed=: expected names for {batch} rows, got {len(rows)}.")
+    found = torch.zeros(len(rows), len(experts), dtype=torch.bool)
+    for row, each in enumerate(rows):
+        if not each:
+            where = f" of row {row}" if per_row else ""
+            raise InputError(f"allowed=: expected at least one expert{where}, got none.")
+        for name in each:
+            if name not in experts:
+                hint = did_you_mean(str(name), list(experts))
+                known = ", ".join(experts)
+                raise InputError(f"allowed=: no expert is called {name!r}.{hint} Known: {known}.")
+            found[row, experts.index(name)] = True
+    return found.expand(batch, -1).to(device)
 
 
 def highest(weights: Weights) -> Int[Tensor, " batch"]:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import InputError
-from .arguments import Given, Weights
+from .arguments import Allowed, Given, Weights
 from .caches import (
     CACHE,
     RECURRENT,
@@ -63,6 +63,7 @@ def generate(
     *,
     weights: Given = None,
     task: str | Sequence[str] | None = None,
+    allowed: Allowed = None,
     prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> Any:
@@ -80,6 +81,11 @@ def generate(
     batch = len(read[0] if read else encoded[0] if encoded is not None else "1")
     times = max(_option(twin, options, key) or 1 for key in ("num_beams", "num_return_sequences"))
     _check_speculation(twin, prompt_cache, options)
+    if allowed is not None and (prompt_cache is not None or brought(options) is not None):
+        raise InputError(
+            "allowed=: restricts what the router may choose, and a cache has its weights already. "
+            "Leave one of them out."
+        )
     if prompt_cache is not None:
         return _go_on(twin, prompt_cache, weights, task, batch, times, options)
     known = cached_weights(twin, brought(options), batch * times, weights, task)
@@ -93,8 +99,8 @@ def generate(
             )
         prompt = rows_alone(batch)  # transformers starts from the begin token
     elif weights is None and task is None and _on_the_way(twin, options):
-        return _routing(twin, prompt, times, options)
-    return _run(twin, prompt, weights, task, times, options)
+        return _routing(twin, prompt, allowed, times, options)
+    return _run(twin, prompt, weights, task, times, options, allowed)
 
 
 @torch.no_grad()
@@ -105,6 +111,7 @@ def prefill(
     attention_mask: Int[Tensor, "row seq"] | None = None,
     weights: Given = None,
     task: str | Sequence[str] | None = None,
+    allowed: Allowed = None,
     top_k: int | None = None,
     threshold: float | None = None,
 ) -> PromptCache:
@@ -118,7 +125,8 @@ def prefill(
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     given = {"input_ids": input_ids, "attention_mask": mask}
-    decided = twin.decide(given, weights=weights, task=task, top_k=top_k, threshold=threshold)
+    asked = {"weights": weights, "task": task, "allowed": allowed}
+    decided = twin.decide(given, **asked, top_k=top_k, threshold=threshold)
     cut = groups(decided.routing, decided.weights) if decided.way == "split" else ()
     if len(cut) > 1:
         raise InputError(
@@ -142,10 +150,11 @@ def _run(
     task: str | Sequence[str] | None,
     times: int,
     options: dict[str, Any],
+    allowed: Allowed = None,
 ) -> Any:
     """transformers' generate, in groups of rows where the model needs that."""
     lasts = _lasts(twin, prompt, times, options)
-    decided = twin.decide(prompt, weights=weights, task=task, lasts=lasts)
+    decided = twin.decide(prompt, weights=weights, task=task, allowed=allowed, lasts=lasts)
     problem = None
     if decided.way != "split":
         try:
@@ -227,22 +236,32 @@ def _on_the_way(twin: TwinModel, options: dict[str, Any]) -> bool:
     return _option(twin, options, "prefill_chunk_size") is None and twin._on_the_way({})
 
 
-def _routing(twin: TwinModel, prompt: dict[str, Any], times: int, options: dict[str, Any]) -> Any:
+def _routing(
+    twin: TwinModel,
+    prompt: dict[str, Any],
+    allowed: Allowed,
+    times: int,
+    options: dict[str, Any],
+) -> Any:
     """Generate, and decide the weights where the router reads in the pass of the prompt."""
     encodes = _encodes(twin)
     expanded = 1 if encodes else times  # a decoder's pass has the rows already expanded
     seen = {key: value.repeat_interleave(expanded, dim=0) for key, value in prompt.items()}
-    layer, found = twin.router_layer, []
-    assert layer is not None
+    router, found = twin.router, []
+    assert router is not None
 
     def then(features: Features) -> None:
-        weights = twin.weights_from(features[layer][::expanded])
+        own = {layer: each[::expanded] for layer, each in features.items()}
+        said = twin.routed_from(own, allowed)
         lasts = _lasts(twin, prompt, times, options)
-        found.append(twin.decide(prompt, weights=weights, lasts=lasts))
+        found.append(twin.decide(prompt, said=said, lasts=lasts))
         cell.routing = _expanded(found[0].routing, expanded)
 
     try:
-        with routed(None) as cell, twin.features.watching(seen, [layer], then):
+        with (
+            routed(None) as cell,
+            twin.features.watching(seen, router.wanted, then, router.pooling),
+        ):
             if encodes and times > 1:
                 options = options | _encoded(twin, options)
                 cell.routing = _expanded(found[0].routing, times)

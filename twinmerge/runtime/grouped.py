@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..data import Encoded, batches
-from ..errors import InputError, MissingExtra, did_you_mean
+from ..errors import InputError, did_you_mean
 from .arguments import highest
 from .export import DenseMerge
 from .model import TwinModel
@@ -92,9 +92,8 @@ def group_weights(
             of each row), which tell apart what the weights of near-certain rows do not
 
     Groups do not depend on the order of the rows. Raises `InputError` for fewer than one group, no
-    rows or weights that are not finite, `MissingExtra` without scikit-learn.
+    rows or weights that are not finite.
     """
-    _kmeans()
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise InputError(f"groups={groups!r}: expected a whole number from 1 on.")
     if by not in get_args(By):
@@ -141,23 +140,16 @@ def _logits(weights: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(weights, np.finfo(np.float32).tiny))
 
 
-def _kmeans() -> Any:
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError:
-        raise MissingExtra("grouping needs scikit-learn: pip install 'twinmerge[eval]'") from None
-    return KMeans
-
-
 def _labels(points: np.ndarray, times: np.ndarray, groups: int, seed: int) -> np.ndarray:
     """The cluster of every point, numbered from 0 without gaps. times: how often each occurs."""
+    from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         # Rows that differ in the last bit alone make fewer clusters, at no loss.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        means = _kmeans()(groups, n_init=RESTARTS, random_state=seed)
-        found = means.fit(points, sample_weight=times).labels_
+        means: Any = KMeans(groups, n_init=RESTARTS, random_state=seed)  # pyright: ignore
+        found: Any = means.fit(points, sample_weight=times).labels_
     return np.unique(found, return_inverse=True)[1].reshape(-1)
 
 
@@ -168,7 +160,8 @@ def route_rows(
     """Routing weights of every row, in the rows' order."""
     weights = torch.empty(len(rows), len(model.experts), device=model.device)
     for places, batch in batches(model.tokenizer, rows, batch_size):
-        weights[places] = model.route(**_moved(batch, model))
+        inputs: dict[str, Any] = _moved(batch, model)
+        weights[places] = model.route(**inputs)
     return weights
 
 
@@ -188,10 +181,8 @@ def run_grouped(
 
     head: whose head answers, a name per row; default the expert of highest weight
 
-    Raises `InputError` for no rows or an unknown head, `RouterError` without a router,
-    `MissingExtra` without scikit-learn.
+    Raises `InputError` for no rows or an unknown head, `RouterError` without a router.
     """
-    _kmeans()  # its absence is told before the rows are routed, not after
     started = time.perf_counter()
     weights = route_rows(model, rows, batch_size)
     routed = time.perf_counter()

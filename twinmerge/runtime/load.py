@@ -15,9 +15,16 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from ..artifact.format import ExpertRecord, Manifest, RouterRecord
+from ..artifact.format import ROUTER, ExpertRecord, Manifest
 from ..artifact.reader import Artifact
-from ..errors import ArtifactError, CorruptArtifact, InputError, RouterError, UnsupportedModel
+from ..errors import (
+    ArtifactError,
+    CorruptArtifact,
+    InputError,
+    RouterError,
+    UnsupportedModel,
+    first_line,
+)
 from .attach import COUNTER, attach_factors, attach_heads, differs
 from .devices import DeviceMap, dispatch, usable
 from .dryrun import dry_run
@@ -25,7 +32,10 @@ from .heads import head_roots
 from .model import TwinModel
 from .names import Place, places
 from .pipelines import register
-from .router.mlp import RouterMLP
+from .router.encoder import ENCODER, TextEncoder
+from .router.novelty import Novelty
+from .router.router import Router
+from .router.scorers import empty
 from .saving import fetch
 
 
@@ -84,7 +94,7 @@ def load(
     model.eval().requires_grad_(False)
     found_rows = dry_run(model, len(manifest.experts))
     problem: RouterError | None = None
-    router: tuple[RouterMLP, RouterRecord] | None = None
+    router: Router | None = None
     try:
         router = load_router(artifact)
     except RouterError as error:
@@ -139,14 +149,39 @@ def _settle_padding(twin: TwinModel) -> None:
         twin.config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_router(artifact: Artifact) -> tuple[RouterMLP, RouterRecord]:
+def load_router(artifact: Artifact) -> Router:
     """The fitted router. Raises `RouterError` if there is none or it does not belong here."""
     tensors = artifact.router()
     fitted = artifact.manifest.router
     assert fitted is not None, "artifact.router() checks it"
-    mlp = RouterMLP(fitted.width, fitted.hidden, len(fitted.experts))
-    mlp.load_state_dict(tensors)
-    return mlp.eval(), fitted
+    experts = len(fitted.experts)
+    encoder = novelty = None
+    if fitted.encoder is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
+        encoder = TextEncoder(artifact.folder / ENCODER, tokenizer, fitted.pooling)
+    if fitted.novelty is not None:
+        width = fitted.width // max(len(fitted.layers), 1)
+        novelty = Novelty(width, experts, fitted.novelty.layer, fitted.novelty.threshold)
+    router = Router(
+        empty(fitted.kind, fitted.width, experts, fitted.hidden),
+        fitted.layers,
+        kind=fitted.kind,
+        pooling=fitted.pooling,
+        encoder=encoder,
+        temperature=fitted.temperature,
+        sharpness=fitted.sharpness,
+        novelty=novelty,
+    )
+    try:
+        router.load_tensors(tensors)
+    except (KeyError, RuntimeError, ValueError) as problem:
+        raise CorruptArtifact(
+            f"{artifact.folder / ROUTER}: its tensors are not those of a {fitted.kind} router of "
+            f"width {fitted.width} ({first_line(problem)}). Run 'twinmerge fit-router' again."
+        ) from None
+    return router.eval()
 
 
 def load_shared(

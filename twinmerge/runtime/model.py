@@ -18,11 +18,13 @@ from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ..artifact.format import ROUTER, ExpertRecord, Manifest, RouterRecord
+from ..artifact.format import ExpertRecord, Manifest
 from ..errors import InputError, RouterError, UnsupportedModel, first_line
 from .arguments import (
+    Allowed,
     Given,
     Weights,
+    allowed_experts,
     as_weights,
     batch_size,
     by_position,
@@ -33,15 +35,17 @@ from .arguments import (
     tensors,
     tokens_of,
 )
-from .caches import PromptCache, brought, cached_weights, given_back, tag
+from .caches import PromptCache, brought, cached_weights, filled, given_back, tag
 from .cost import plan_costs
 from .generate import generate, prefill
 from .heads import HeadSwitch
 from .labels import PerExpertConfig
 from .per_row import NotRowWise, PerRow
 from .plan import Planner, Way, drop, groups
-from .router.features import FeatureReader
-from .router.mlp import RouterMLP
+from .router.energies import EnergyReader
+from .router.features import FeatureReader, Features
+from .router.router import Routed, Router
+from .router.store import of_router
 from .routing import Cell, Routing, routed
 from .split import run_split
 
@@ -57,6 +61,8 @@ class TwinOutput(ModelOutput):
     model_output: everything else that the task model returned (caches, hidden states). Its fields
              are found as attributes of this, too (`start_logits`, `last_hidden_state`, ...).
     dropped: (batch,), how much weight `top_k` and `threshold` left out; None if neither was given.
+    routed:  what the router said (`Routed`: probabilities, novelty, whether a row is new and so ran
+             as the shared expert); None where it was not asked.
     plan:    which way the batch ran, see `runtime.plan`.
     """
 
@@ -65,6 +71,7 @@ class TwinOutput(ModelOutput):
     expert: Tensor | None = None
     model_output: Any = None
     dropped: Tensor | None = None
+    routed: Any = None
     plan: str | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -99,6 +106,8 @@ class Decided:
     """Whose head answers."""
     dropped: Float[Tensor, " batch"] | None
     way: str
+    routed: Routed | None = None
+    """What the router said, if it was asked."""
 
 
 class TwinModel(nn.Module):
@@ -113,7 +122,7 @@ class TwinModel(nn.Module):
         model: nn.Module,
         manifest: Manifest,
         folder: Path,
-        router: tuple[RouterMLP, RouterRecord] | None,
+        router: Router | None,
         router_problem: RouterError | None = None,
     ) -> None:
         super().__init__()
@@ -121,10 +130,9 @@ class TwinModel(nn.Module):
         self.manifest = manifest
         self.folder = folder
         self.experts: tuple[str, ...] = manifest.names
-        self.router = None if router is None else router[0]
-        self.router_layer = None if router is None else router[1].layer
+        self.router = router
         self._router_problem = router_problem
-        self._has_heads = any(isinstance(module, HeadSwitch) for module in model.modules())
+        self.has_heads = any(isinstance(module, HeadSwitch) for module in model.modules())
         self.planner = Planner()
         self.untouched_layers = -1
         """The last layer that no expert changes: a router that reads there costs no forward."""
@@ -137,6 +145,11 @@ class TwinModel(nn.Module):
         such a model still runs with given weights.
         """
         return FeatureReader(self.model)
+
+    @cached_property
+    def energies(self) -> EnergyReader:
+        """Reads how much of an input lies in each expert's space, for a router kind projection."""
+        return EnergyReader(self.features, len(self.experts))
 
     @cached_property
     def break_even(self) -> float:
@@ -192,7 +205,7 @@ class TwinModel(nn.Module):
     @cached_property
     def _weights_digest(self) -> str:
         files = self.manifest.files.items()
-        kept = sorted((name, record.sha256) for name, record in files if name != ROUTER)
+        kept = sorted((name, record.sha256) for name, record in files if not of_router(name))
         return sha256(repr(kept).encode()).hexdigest()
 
     @property
@@ -305,7 +318,7 @@ class TwinModel(nn.Module):
     def __repr__(self) -> str:
         """In a few lines; `model.model` shows every layer."""
         listed = ", ".join(self.experts[:8]) + (", ..." if len(self.experts) > 8 else "")
-        router = "none" if self.router is None else f"reads layer {self.router_layer}"
+        router = "none" if self.router is None else self.router.said
         return (
             f"TwinModel({type(self.model).__name__}, {len(self.experts)} experts: {listed}\n"
             f"  router: {router}; {self.dtype}, {self.device}; from {self.folder})"
@@ -314,36 +327,49 @@ class TwinModel(nn.Module):
     # ------------------------------------------------------------------ routing
 
     @torch.no_grad()
-    def route(self, **inputs: Tensor) -> Weights:
-        """Routing weights of every row: (batch, expert), float32, rows sum to 1.
+    def route(self, *, allowed: Allowed = None, **inputs: Any) -> Weights:
+        """Routing weights of every row: (batch, expert), float32.
 
-        `w(x) = softmax(router(mean over tokens of the shared expert's hidden states))`, read after
-        the layer that `fit-router` chose. Raises `RouterError` if the artifact has no router.
+        Rows sum to 1, or are zero where the input is unlike all experts' data. `routing` says more.
+        Raises `RouterError` if the artifact has no router.
         """
-        if self.router is None or self.router_layer is None:
-            raise self._router_problem or RouterError("this model has no router")
-        features = self.features.read(tensors(inputs), [self.router_layer])[self.router_layer]
-        return self.weights_from(features)
+        return self.routing(allowed=allowed, **inputs).weights
 
     @torch.no_grad()
-    def weights_from(self, features: Float[Tensor, "batch width"]) -> Weights:
+    def routing(self, *, allowed: Allowed = None, **inputs: Any) -> Routed:
+        """What the router says of every row: weights, calibrated probabilities, novelty.
+
+        allowed: names of the experts that may be chosen, for all rows or a list of them per row
+
+        Read under the shared expert, where `fit-router` chose to. Raises `RouterError` if the
+        artifact has no router, `InputError` for names that no expert has.
+        """
+        if self.router is None:
+            raise self._router_problem or RouterError("this model has no router")
+        taken = tensors(inputs)
+        return self.routed_from(self.router.read(self, taken), allowed)
+
+    @torch.no_grad()
+    def routed_from(self, features: Features, allowed: Allowed = None) -> Routed:
         """What the router makes of features, also of those that a forward with gradients gives.
 
         Raises `RouterError` where it makes nothing of them: NaN or infinity.
         """
         assert self.router is not None
-        weights = self.router(features.to(self.device)).softmax(dim=-1)
-        finite = torch.isfinite(weights).all(dim=-1)
+        features = {layer: found.to(self.device) for layer, found in features.items()}
+        batch = len(next(iter(features.values())))
+        said = self.router(features, allowed_experts(allowed, self.experts, batch, self.device))
+        finite = torch.isfinite(said.probabilities).all(dim=-1) & torch.isfinite(said.novelty)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0, 0])
-            came = "finite" if bool(torch.isfinite(features[row]).all()) else "NaN or infinity"
+            well = all(bool(torch.isfinite(found[row]).all()) for found in features.values())
             raise RouterError(
-                f"router: expected finite weights, got NaN in row {row}, from features of layer "
-                f"{self.router_layer} that are {came}. Load the model with dtype=torch.float32 if "
-                "its hidden states overflow, fit the router again (twinmerge fit-router), or give "
-                "weights= or task=."
+                f"router: expected finite weights, got NaN in row {row}, from features "
+                f"({self.router.said}) that are {'finite' if well else 'NaN or infinity'}. Load "
+                "the model with dtype=torch.float32 if its hidden states overflow, fit the router "
+                "again (twinmerge fit-router), or give weights= or task=."
             )
-        return weights
+        return said
 
     def decide(
         self,
@@ -352,18 +378,26 @@ class TwinModel(nn.Module):
         weights: Given = None,
         task: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
+        allowed: Allowed = None,
         top_k: int | None = None,
         threshold: float | None = None,
         plan: Way = "auto",
         lasts: bool = False,
         whole: bool = False,
+        said: Routed | None = None,
     ) -> Decided:
         """What a call with these arguments runs with, and which way.
 
+        said:  what the router says of these inputs, where that is known
         lasts: whether the weights hold for many forwards, as in a generation
         whole: whether the batch must not be cut only because that is cheaper
         """
         batch = batch_size(inputs)
+        if allowed is not None and (task is not None or weights is not None):
+            raise InputError(
+                "allowed=: restricts what the router may choose, and task= or weights= leave it "
+                "nothing to choose. Give one of them."
+            )
         if task is not None:
             if weights is not None:
                 raise InputError("give task= or weights=, not both: each sets the weights")
@@ -373,28 +407,37 @@ class TwinModel(nn.Module):
         elif weights is not None:
             resolved = self.as_weights(weights, batch)
         else:
-            resolved = self.route(**inputs)
+            said = self.routing(allowed=allowed, **inputs) if said is None else said
+            resolved = said.weights
         kept = drop(resolved, top_k, threshold)
-        index = self._heads(resolved, kept.weights, head, batch)
+        index = self._heads(resolved, kept.weights, head, batch, said)
         check_images(inputs, batch, kept.weights)
         tokens = 0.0
         whole = whole or inputs.get("labels") is not None  # one loss
         if not (whole or lasts or self.can_generate()):  # what generates may be asked for a cache
             tokens = tokens_of(inputs) / self.break_even
         routing, way = self.planner.plan(kept.weights, index, way=plan, lasts=lasts, tokens=tokens)
-        return Decided(routing, kept.weights, index, kept.dropped, way)
+        return Decided(routing, kept.weights, index, kept.dropped, way, said)
 
     def _heads(
-        self, weights: Weights, kept: Weights, head: str | Sequence[str] | None, batch: int
+        self,
+        weights: Weights,
+        kept: Weights,
+        head: str | Sequence[str] | None,
+        batch: int,
+        said: Routed | None,
     ) -> Int[Tensor, " batch"]:
         """Whose head answers each row: the highest of the weights that it runs with.
 
-        Of all its weights where none is kept. A weight of zero is none.
+        Of all its weights where none is kept; what the router finds likeliest where it gives none.
+        A weight of zero is none.
         """
         if head is not None:
             return self._indices(head, batch, "head")
+        if said is not None:
+            weights = torch.where(said.new[:, None], said.probabilities, weights)
         empty = (weights == 0).all(dim=-1)
-        if self._has_heads and bool(empty.any()):
+        if self.has_heads and bool(empty.any()):
             row = int(empty.nonzero()[0, 0])
             raise InputError(
                 f"weights: row {row} is all zero (the shared expert), so no expert's head "
@@ -415,6 +458,7 @@ class TwinModel(nn.Module):
         *,
         weights: Given = None,
         task: str | Sequence[str] | None = None,
+        allowed: Allowed = None,
         top_k: int | None = None,
         threshold: float | None = None,
         **named: Any,
@@ -425,7 +469,7 @@ class TwinModel(nn.Module):
         """
         inputs = {**(inputs or {}), **named}
         check_names(inputs, inspect.signature(self.model.forward).parameters)
-        given = {"weights": weights, "task": task}
+        given = {"weights": weights, "task": task, "allowed": allowed}
         return self.decide(inputs, **given, top_k=top_k, threshold=threshold).weights
 
     # ------------------------------------------------------------------ running
@@ -436,6 +480,7 @@ class TwinModel(nn.Module):
         weights: Given = None,
         task: str | Sequence[str] | None = None,
         head: str | Sequence[str] | None = None,
+        allowed: Allowed = None,
         top_k: int | None = None,
         threshold: float | None = None,
         plan: Way = "auto",
@@ -447,6 +492,7 @@ class TwinModel(nn.Module):
         task:      one name or one per row: all weight on that expert, and its head
         head:      one name or one per row: whose head answers; default the highest weight's of
                    those that are left
+        allowed:   the experts that the router may choose from: names, or a list of them per row
         top_k:     weights but each row's k largest become zero; what is left is not scaled up
         threshold: weights below it become zero, likewise; both say in `dropped` what they dropped
         plan:      which way to run, see `runtime.plan`; all are exact
@@ -461,18 +507,23 @@ class TwinModel(nn.Module):
         if unnamed:
             raise by_position(unnamed)
         check_names(inputs, inspect.signature(self.model.forward).parameters)
-        if inputs.get("labels") is not None and self._has_heads:
+        if inputs.get("labels") is not None and self.has_heads:
             raise InputError(
                 "labels=: no loss is defined where experts have heads of their own. Compute it "
                 "from `logits` and `expert`."
             )
         cache = brought(inputs)
+        if cache is not None and allowed is not None and filled(cache):
+            raise InputError(
+                "allowed=: restricts what the router may choose, and a cache has its weights "
+                "already. Leave one of them out."
+            )
         if cache is not None:
             rows = batch_size(inputs)
             known = cached_weights(self, cache, rows, weights, task, top_k, threshold)
             if weights is None and task is None:
                 weights = known  # those that were asked for are the same
-        given = {"weights": weights, "task": task, "head": head}
+        given = {"weights": weights, "task": task, "head": head, "allowed": allowed}
         options = {"top_k": top_k, "threshold": threshold, "plan": plan}
         return self._run(self.model, inputs, given, options)
 
@@ -489,7 +540,7 @@ class TwinModel(nn.Module):
         if call is None:
             raise InputError(f"{type(self.model).__name__} has no {method}(); call the model.")
         check_names(inputs, inspect.signature(call).parameters)
-        given = {name: inputs.pop(name, None) for name in ("weights", "task", "head")}
+        given = {name: inputs.pop(name, None) for name in ("weights", "task", "head", "allowed")}
         options = {name: inputs.pop(name, None) for name in ("top_k", "threshold")}
         return self._run(call, inputs, given, options | {"plan": inputs.pop("plan", "auto")})
 
@@ -507,7 +558,7 @@ class TwinModel(nn.Module):
         routes, problem = given["weights"] is None and given["task"] is None, None
         try:
             if routes and options["plan"] != "split" and self._on_the_way(inputs):
-                return self._run_routing(call, inputs, given["head"], options)
+                return self._run_routing(call, inputs, given, options)
             decided = self.decide(inputs, **given, **options)
             if decided.way != "split":
                 with routed(decided.routing):
@@ -531,7 +582,7 @@ class TwinModel(nn.Module):
         for name in ("use_cache", "use_mems"):  # a cache cannot be put together
             if name in inspect.signature(self.model.forward).parameters:
                 inputs = {name: False} | inputs
-        output = run_split(call, inputs, cut, len(decided.weights), heads=self._has_heads)
+        output = run_split(call, inputs, cut, len(decided.weights), heads=self.has_heads)
         if problem is not None and call is self.model:
             self.planner.noted(problem)
         return _output(self, output, decided)
@@ -553,9 +604,9 @@ class TwinModel(nn.Module):
         No expert may differ before its layer, and the forward must number its tokens as a forward
         for features does. A compiled one goes through without a stop.
         """
-        if self.router is None or self.router_layer is None or self.planner.mixes_rows:
+        if self.router is None or self.planner.mixes_rows or not self.router.reads_hidden_states:
             return False
-        if self.router_layer > self.untouched_layers:
+        if self.router.last > self.untouched_layers:
             return False
         if self.model._compiled_call_impl is not None:
             return False  # a compiled graph is not left on the way
@@ -567,14 +618,13 @@ class TwinModel(nn.Module):
         self,
         call: Callable[..., Any],
         inputs: dict[str, Any],
-        head: str | Sequence[str] | None,
+        given: dict[str, Any],
         options: dict[str, Any],
     ) -> TwinOutput:
         """One forward that decides its own weights where the router reads."""
-        assert self.router is not None and self.router_layer is not None
         found: list[Decided] = []
         with routed(None) as cell:
-            reading = self._routes(cell, inputs, head, options, found)
+            reading = self._routes(cell, inputs, given, options, found)
             with reading:
                 output = call(**inputs)
         return _output(self, output, found[0])
@@ -583,20 +633,19 @@ class TwinModel(nn.Module):
         self,
         cell: Cell,
         inputs: dict[str, Any],
-        head: str | Sequence[str] | None,
+        given: dict[str, Any],
         options: dict[str, Any],
         found: list[Decided],
     ) -> AbstractContextManager[None]:
-        """Within it, a forward fills `cell` as soon as the router's layer is known."""
-        layer = self.router_layer
-        assert layer is not None
+        """Within it, a forward fills `cell` as soon as the router's layers are known."""
+        assert self.router is not None
 
-        def then(features: dict[int, Tensor]) -> None:
-            weights = self.weights_from(features[layer])
-            found.append(self.decide(inputs, weights=weights, head=head, **options, whole=True))
+        def then(features: Features) -> None:
+            said = self.routed_from(features, given["allowed"])
+            found.append(self.decide(inputs, head=given["head"], **options, whole=True, said=said))
             cell.routing = found[0].routing
 
-        return self.features.watching(inputs, [layer], then)
+        return self.features.watching(inputs, self.router.wanted, then, self.router.pooling)
 
     def generate(
         self,
@@ -604,6 +653,7 @@ class TwinModel(nn.Module):
         *,
         weights: Given = None,
         task: str | Sequence[str] | None = None,
+        allowed: Allowed = None,
         prompt_cache: PromptCache | None = None,
         **options: Any,
     ) -> Any:
@@ -611,7 +661,7 @@ class TwinModel(nn.Module):
 
         They stay as they are while tokens are added, so the key-value cache stays valid.
 
-        weights, task: as in `forward`
+        weights, task, allowed: as in `forward`
         prompt_cache:  what `prefill` made of a prefix of the prompts; runs with its weights
         options:       everything that `generate` takes; `top_k` is that of sampling. For few
                        experts per row, give `weights=model.weights_for(prompt, top_k=1)`
@@ -620,9 +670,8 @@ class TwinModel(nn.Module):
         with it as `past_key_values=` runs with these. Raises `InputError` if the task model cannot
         generate, and for a cache made with other weights than the call asks for.
         """
-        return generate(
-            self, inputs, weights=weights, task=task, prompt_cache=prompt_cache, **options
-        )
+        given = {"weights": weights, "task": task, "allowed": allowed}
+        return generate(self, inputs, **given, prompt_cache=prompt_cache, **options)
 
     def prefill(
         self,
@@ -631,14 +680,15 @@ class TwinModel(nn.Module):
         attention_mask: Int[Tensor, "row seq"] | None = None,
         weights: Given = None,
         task: str | Sequence[str] | None = None,
+        allowed: Allowed = None,
         top_k: int | None = None,
         threshold: float | None = None,
     ) -> PromptCache:
         """Run a prompt, or a prefix that many share, and keep it for `generate(prompt_cache=)`.
 
         The weights are decided here, from the prefix unless given, and hold for all that goes on
-        from it; `top_k` and `threshold` as in `forward`. One row serves any number of prompts,
-        else there is one for each.
+        from it; `allowed`, `top_k` and `threshold` as in `forward`. One row serves any number of
+        prompts, else there is one for each.
         """
         return prefill(
             self,
@@ -646,6 +696,7 @@ class TwinModel(nn.Module):
             attention_mask=attention_mask,
             weights=weights,
             task=task,
+            allowed=allowed,
             top_k=top_k,
             threshold=threshold,
         )
@@ -782,5 +833,6 @@ def _output(twin: TwinModel, output: Any, decided: Decided) -> TwinOutput:
         expert=decided.expert,
         model_output=output,
         dropped=decided.dropped,
+        routed=decided.routed,
         plan=decided.way,
     )

@@ -27,6 +27,7 @@ from ..artifact.reader import Artifact
 from ..artifact.tensorfile import HashedFile
 from ..artifact.writer import check_space, check_target, explained
 from ..errors import ArtifactError, CorruptArtifact, InputError, OutputError, first_line
+from .router.store import of_router
 
 if TYPE_CHECKING:
     from .model import TwinModel
@@ -108,16 +109,15 @@ def _state(twin: TwinModel) -> tuple[Manifest, dict[str, bytes]]:
                 "the model has a router that no fit-router made, so there is nothing to write "
                 "about it into the manifest. Fit one with twinmerge.fit_router(folder, texts)."
             )
-        state = {
-            name: t.detach().cpu().contiguous() for name, t in twin.router.state_dict().items()
-        }
-        own[ROUTER] = to_bytes(state, {"format": "pt"})
-        sizes = {"width": twin.router.width, "hidden": twin.router.hidden}
-        sizes |= {"layer": twin.router_layer, "bytes": len(own[ROUTER])}
+        own[ROUTER] = to_bytes(twin.router.tensors(), {"format": "pt"})
+        encoder = sum(f.bytes for name, f in manifest.files.items() if of_router(name))
+        if ROUTER in manifest.files:
+            encoder -= manifest.files[ROUTER].bytes
+        now = twin.router.as_recorded() | {"bytes": len(own[ROUTER]) + encoder}
         file = FileRecord(bytes=len(own[ROUTER]), sha256=hashlib.sha256(own[ROUTER]).hexdigest())
         manifest = manifest.model_copy(
             update={
-                "router": record.model_copy(update=sizes),
+                "router": record.model_copy(update=now),
                 "files": manifest.files | {ROUTER: file},
             }
         )

@@ -1,21 +1,22 @@
-"""Features of an input: hidden states of the shared expert after some block, averaged over tokens.
+"""Features of an input: hidden states of the shared expert after some blocks, pooled over tokens.
 
 Layer 0 is what enters the first block (the embeddings), layer k what leaves block k. A forward is
-stopped as soon as the wanted layer is known, so routing on layer k of L costs about k/L of a
-forward. Hidden states (batch, seq, width) are averaged over the tokens that the attention mask
-keeps, maps (batch, channel, height, width) of convolutional models over all positions. Blocks are
-those of the encoder where a model has one beside a decoder, and stages in convolutional models.
+stopped as soon as the wanted layers are known, so routing on layer k of L costs about k/L of a
+forward. Of hidden states (batch, seq, width) the mean over the tokens that the attention mask keeps
+is taken, or the first or the last of these; of maps (batch, channel, height, width) the mean over
+all positions. Blocks are those of the encoder where a model has one beside a decoder, and stages in
+convolutional models.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,8 @@ from ..routing import routed
 
 Features = dict[int, Float[Tensor, "batch width"]]
 """By layer, float32."""
+
+Pooling = Literal["mean", "first", "last"]
 
 _COUNTS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "n_layer")
 """What configurations call the number of their blocks."""
@@ -40,6 +43,7 @@ class _Collector:
     tower: _Tower
     wanted: set[int]
     mask: Tensor | None
+    pooling: Pooling
     then: Callable[[Features], None] | None
     """Called once when all is known, and the forward goes on; None: the forward ends there."""
     found: Features = field(default_factory=dict)
@@ -49,7 +53,7 @@ class _Collector:
         if self.done or tower is not self.tower:
             return
         if layer in self.wanted:
-            self.found[layer] = _mean(hidden, self.mask)
+            self.found[layer] = pooled(hidden, self.mask, self.pooling)
         if len(self.found) == len(self.wanted):
             self.done = True
             if self.then is None:
@@ -69,9 +73,16 @@ class _Current(threading.local):
 _CURRENT = _Current()
 
 
-def _mean(hidden: Any, mask: Tensor | None) -> Float[Tensor, "batch width"]:
-    """The mean over tokens that the mask keeps, or over the positions of a map, in float32."""
+def pooled(
+    hidden: Any, mask: Tensor | None, pooling: Pooling = "mean"
+) -> Float[Tensor, "batch width"]:
+    """The mean over tokens that the mask keeps, or the first or last of these, in float32.
+
+    Of a map the mean over its positions. Raises `UnsupportedModel` for anything else.
+    """
     if isinstance(hidden, Tensor) and hidden.ndim == 4:
+        if pooling != "mean":
+            raise UnsupportedModel(f"pooling={pooling!r}: maps have no tokens; expected mean.")
         return hidden.float().mean(dim=(2, 3))
     if not isinstance(hidden, Tensor) or hidden.ndim != 3:
         came = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -79,8 +90,19 @@ def _mean(hidden: Any, mask: Tensor | None) -> Float[Tensor, "batch width"]:
             f"router features need hidden states (batch, seq, width) or maps (batch, channel, "
             f"height, width), got {came}. Give weights= or task= with every call."
         )
+    if mask is not None and mask.shape != hidden.shape[:2]:
+        mask = None
+    if pooling != "mean":
+        seq = hidden.shape[1]
+        place = torch.arange(seq, device=hidden.device).expand(len(hidden), -1)
+        if mask is not None:
+            outside = seq if pooling == "first" else -1
+            place = place.masked_fill(~mask.bool().to(place.device), outside)
+        chosen = place.amin(dim=1) if pooling == "first" else place.amax(dim=1)
+        chosen = chosen.clamp(0, seq - 1)  # of a row without tokens: any
+        return hidden[torch.arange(len(hidden), device=hidden.device), chosen].float()
     hidden = hidden.float()
-    if mask is None or mask.shape != hidden.shape[:2]:
+    if mask is None:
         return hidden.mean(dim=1)
     kept = mask.bool()[:, :, None]
     # Not a product with the mask: what stands at padded positions may be NaN.
@@ -137,7 +159,9 @@ class FeatureReader:
         return len(self.blocks)
 
     @torch.no_grad()
-    def read(self, inputs: Mapping[str, Tensor], layers: list[int]) -> Features:
+    def read(
+        self, inputs: Mapping[str, Tensor], layers: Sequence[int], pooling: Pooling = "mean"
+    ) -> Features:
         """Features at each of `layers`, float32, under the shared expert alone.
 
         They do not depend on the batch, nor on padding; for decoders that generate, also not on
@@ -149,7 +173,7 @@ class FeatureReader:
         taken = inspect.signature(module.forward).parameters
         if module is not self.model:
             inputs = {key: value for key, value in inputs.items() if key in taken}
-        with routed(None), self._collecting(tower, inputs, layers, None) as collector:
+        with routed(None), self._collecting(tower, inputs, layers, pooling, None) as collector:
             try:
                 module._call_impl(**inputs)  # not as it may be compiled: it ends on the way
             except _Enough:
@@ -158,14 +182,18 @@ class FeatureReader:
 
     @contextmanager
     def watching(
-        self, inputs: Mapping[str, Tensor], layers: list[int], then: Callable[[Features], None]
+        self,
+        inputs: Mapping[str, Tensor],
+        layers: Sequence[int],
+        then: Callable[[Features], None],
+        pooling: Pooling = "mean",
     ) -> Iterator[None]:
         """Within it, a forward of the model calls `then` once, as soon as `layers` are known.
 
         Before the block after the last of them, that is. `inputs` are those of the forward.
         """
         tower = self._tower(inputs)
-        with self._collecting(tower, inputs, layers, then) as collector:
+        with self._collecting(tower, inputs, layers, pooling, then) as collector:
             yield
         self._all(collector)
 
@@ -195,7 +223,8 @@ class FeatureReader:
         self,
         tower: _Tower,
         inputs: Mapping[str, Any],
-        layers: list[int],
+        layers: Sequence[int],
+        pooling: Pooling,
         then: Callable[[Features], None] | None,
     ) -> Iterator[_Collector]:
         count = len(tower.blocks)
@@ -205,7 +234,7 @@ class FeatureReader:
                 f"router layer {wrong[0]}: this model has layers 0 (the embeddings) to {count}."
             )
         mask = inputs.get("attention_mask") if tower.given != "pixel_values" else None
-        collector = _Collector(tower, set(layers), mask, then)
+        collector = _Collector(tower, set(layers), mask, pooling, then)
         before, _CURRENT.collector = _CURRENT.collector, collector
         try:
             yield collector

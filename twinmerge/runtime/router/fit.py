@@ -1,71 +1,62 @@
-"""Fitting the router on rows of the user's own, and choosing by rows held out from them.
+"""Fitting the router of an artifact, from nothing, a few lines, or rows of the user's own.
 
-Source: Twin-Merging, arXiv:2406.15479, appendix D.1: cross-entropy on the expert's name, at most
-1,000 rows a task, learning rate 5e-4. Unlike the authors' code, which keeps the epoch that does
-best on the test rows, epoch and layer are chosen on rows held out from the same data.
+Rows are divided in parts that train, calibrate and choose (`splitting`); routers are compared on
+the last (`choosing`). What is stored then learns from all rows, and keeps the temperature and the
+threshold that were set on rows it had not seen. Unlike the authors' code, which keeps the epoch
+that does best on the test rows, nothing but these rows is ever looked at.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-from uuid import uuid4
+from statistics import fmean, median
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from ...artifact.card import model_card
-from ...artifact.format import MANIFEST, ROUTER, RouterRecord
+from ...artifact.format import NoveltyRecord, RouterRecord
 from ...artifact.reader import Artifact
-from ...artifact.tensorfile import record
-from ...artifact.writer import explained, replace_text
-from ...data import Chat, Text, batches, encode, sample, token_limit
-from ...errors import InputError, OutputError
-from ...recipe import Router
+from ...data import Chat, Encoded, Text, batches, encode, sample, token_limit
+from ...errors import InputError
+from ...recipe import Router as Settings
 from ..load import load
 from ..model import TwinModel
-from .mlp import RouterMLP
+from .calibration import Sharpness, calibration_error, fit_temperature, sharpened
+from .choosing import Fitted, compare, layer_sets, train
+from .encoder import TextEncoder
+from .features import Features
+from .novelty import Novelty, noticed_when_left_out
+from .router import Router, joined
+from .scorers import Fixed, Projection
+from .splitting import Parts, alike, divide
+from .statistics import statistics
+from .store import alone, store_router, stored
+
+__all__ = ["fit_router", "store_router"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is going on, steps done and steps in all."""
 
 FEATURE_BATCH = 64
-CARD = "README.md"
-LOCK = ".fit-router.lock"
-STAGED = ".fitted"
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Rows by position: what is trained on, and what chooses."""
-
-    fit: Int[Tensor, " fit"]
-    held_out: Int[Tensor, " held"]
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """The best epoch of one layer."""
-
-    layer: int
-    mlp: RouterMLP
-    accuracy: float
-    loss: float
-    epoch: int
+FEWEST = 5
+"""Rows of each expert for the kinds that learn: one must train, one calibrate, one choose."""
+SHARPNESS: tuple[Sharpness, ...] = (1.0, 2.0, 4.0, "top")
+SHARPENED_ROWS = 96
+"""Held-out rows on which `sharpness: auto` compares answers, all experts together."""
+SMALL = 1024
+"""Widths up to which several layers are compared for telling new inputs."""
+CONFUSED = 0.1
+"""Share of an expert's held-out rows that go to one other from which both are named."""
 
 
 def fit_router(
     folder: Path | str,
-    texts: Mapping[str, Sequence[Text | Chat | str]],
-    settings: Router | None = None,
+    texts: Mapping[str, Sequence[Text | Chat | str]] | None = None,
+    settings: Settings | None = None,
     *,
     max_tokens: int | None = None,
     progress: Progress | None = None,
@@ -73,88 +64,509 @@ def fit_router(
     """Fit the router of an artifact on texts of every expert, and store it there.
 
     texts: expert name -> texts like those that the expert is for: strings, pairs (tuples of two) or
-        chats (`data.chat_of`)
+        chats (`data.chat_of`). The kinds `none` and `projection` need none
+    settings: default those of the recipe that the artifact was built from
     max_tokens: longer texts are cut to this many tokens; default 512, or what the model takes
 
-    The feature layer (unless set) is the earliest whose held-out accuracy is within one standard
-    error of the best: an early layer costs a smaller part of a forward. Returns what is recorded in
-    the manifest. Raises `InputError` for missing or too few rows, `OutputError` while another
-    fit of the same artifact runs.
+    What the router reads (unless set) is the cheapest of what the held-out rows cannot tell from
+    the best: an early layer costs a smaller part of a forward. Returns what is recorded in the
+    manifest. Raises `InputError` for missing or too few rows, `OutputError` while another fit of
+    the same artifact runs.
     """
-    if not isinstance(texts, Mapping):
+    if texts is not None and not isinstance(texts, Mapping):
         raise InputError(
             f"texts=: expected {{expert: texts}}, got a {type(texts).__name__}. "
             "twinmerge.data.read_tasks(folder, experts, split) reads rows of a folder."
         )
-    with _alone(Path(folder)), torch.inference_mode(False), torch.enable_grad():
-        return _fit_router(Path(folder), texts, settings, max_tokens, progress)
+    with alone(Path(folder)), torch.inference_mode(False), torch.enable_grad():
+        model = load(folder, check=True)
+        chosen = settings or Settings.model_validate(model.manifest.recipe.get("router", {}))
+        fit = _Fit(model, chosen, max_tokens, progress)
+        router, record = fit.run(texts)
+        kept = fit.examples(texts)
+        return stored(Artifact(folder, check=False), router, record, kept)
 
 
-def _fit_router(
-    folder: Path,
-    texts: Mapping[str, Sequence[Text | Chat | str]],
-    settings: Router | None,
-    max_tokens: int | None,
-    progress: Progress | None,
-) -> RouterRecord:
-    model = load(folder, check=True)
-    settings = settings or Router.model_validate(model.manifest.recipe.get("router", {}))
-    _check_rows(texts, model.experts)
-    limit = token_limit(model, max_tokens)
-    rows = [
-        (expert, _item(text))
-        for expert in model.experts
-        for text in sample(texts[expert], settings.rows_per_task, settings.seed)
-    ]
-    layers = (
-        list(range(model.features.layers + 1))
-        if settings.layer == "auto"
-        else [int(settings.layer)]
-    )
-    features = _features(model, [text for _, text in rows], layers, limit, progress)
-    truth = torch.tensor([model.experts.index(expert) for expert, _ in rows])
-    split = _split([text for _, text in rows], truth, model.experts, settings)
-    fitted = []
-    for done, layer in enumerate(layers):
-        if progress:
-            progress("training the router", done, len(layers))
-        fitted.append(_train(layer, features[layer], truth, split, len(model.experts), settings))
-    if progress:
-        progress("training the router", len(layers), len(layers))
-    chosen = choose_layer({f.layer: f.accuracy for f in fitted}, len(split.held_out))
-    best = next(f for f in fitted if f.layer == chosen)
-    with torch.no_grad():
-        guess = best.mlp(features[best.layer][split.held_out]).argmax(dim=-1)
-    artifact = Artifact(folder, check=False)
-    entry = RouterRecord(
-        kind="mlp",
-        layer=best.layer,
-        width=best.mlp.width,
-        hidden=best.mlp.hidden,
-        experts=model.experts,
-        shared_sha256=artifact.manifest.shared_files(),
-        rows={e: int((truth[split.fit] == i).sum()) for i, e in enumerate(model.experts)},
-        held_out_rows=len(split.held_out),
-        held_out_accuracy=best.accuracy,
-        accuracy_by_layer={f.layer: f.accuracy for f in fitted},
-        confusion=_confusion(truth[split.held_out], guess, model.experts),
-        epoch=best.epoch,
-        seed=settings.seed,
-        max_tokens=limit,
-        bytes=0,
-    )
-    return _store(artifact, best.mlp, entry)
+@dataclass
+class _Rows:
+    """The rows of all experts, one after the other."""
+
+    texts: list[Text | Chat]
+    truth: Int[Tensor, " row"]
+    encoded: Encoded
 
 
-def choose_layer(accuracy: Mapping[int, float], rows: int) -> int:
-    """The earliest layer within one standard error of the best held-out accuracy.
+class _Fit:
+    """One fit; holds what its steps share."""
 
-    The one-standard-error rule of Breiman et al. (Classification and Regression Trees, 1984):
-    among choices that the held-out rows cannot tell apart, take the cheapest.
-    """
-    best = max(accuracy.values())
-    margin = (best * (1 - best) / rows) ** 0.5
-    return min(layer for layer, value in accuracy.items() if value >= best - margin)
+    def __init__(
+        self,
+        model: TwinModel,
+        settings: Settings,
+        max_tokens: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.settings = model, settings
+        self.experts, self.count = model.experts, len(model.experts)
+        self.limit = token_limit(model, max_tokens)
+        self.say: Progress = progress or (lambda stage, done, total: None)
+
+    # ------------------------------------------------------------------ the steps
+
+    def run(
+        self, texts: Mapping[str, Sequence[Text | Chat | str]] | None
+    ) -> tuple[Router, RouterRecord]:
+        kind = self.settings.kind
+        if kind == "none":
+            return self._none()
+        rows = None if texts is None else self._rows(texts)
+        if kind == "projection":
+            return self._projection(rows)
+        if rows is None:
+            raise InputError(
+                f"router kind {kind}: expected texts of every expert, got none. Without data there "
+                "are the kinds projection and none."
+            )
+        return self._prompts(rows) if kind == "prompts" else self._learnt(rows)
+
+    def examples(
+        self, texts: Mapping[str, Sequence[Text | Chat | str]] | None
+    ) -> dict[str, list[Any]]:
+        """Texts to keep, by expert, as JSON has them."""
+        count = self.settings.examples
+        if texts is None or count == 0:
+            return {}
+        return {
+            expert: [_as_json(each) for each in sample(texts[expert], count, self.settings.seed)]
+            for expert in self.experts
+        }
+
+    def _none(self) -> tuple[Router, RouterRecord]:
+        weights = self.settings.weights or {name: 1 / self.count for name in self.experts}
+        given = self.model.as_weights(weights, 1)[0]
+        if float(given.sum()) <= 0 or bool((given < 0).any()):
+            raise InputError(f"router weights: expected numbers above 0, got {weights}.")
+        scorer = Fixed(self.count)
+        scorer.logits.copy_((given / given.sum()).log())
+        router = Router(scorer, kind="none")
+        return router, self._record(router, None, reason="asked for")
+
+    def _projection(self, rows: _Rows | None) -> tuple[Router, RouterRecord]:
+        blocks = self._blocks()
+        scorer = Projection(len(blocks) * self.count, self.count)
+        usual = joined(self.model.energies.read(self._made_up(), blocks), blocks)
+        scorer.usual.copy_(usual.mean(dim=0))
+        scorer.spread.copy_(usual.std(dim=0).clamp(min=1e-6))
+        router = Router(scorer, blocks, kind="projection")
+        if rows is None:
+            router.temperature = self._asked_temperature(1.0)
+            router.sharpness = self._asked_sharpness(1.0)
+            return router, self._record(router, None, reason="asked for")
+        self._check_enough(rows)
+        logits = router.logits(self._features(rows, blocks))
+        return router, self._calibrate_projection(router, logits, rows, self._divided(rows))
+
+    def _prompts(self, rows: _Rows) -> tuple[Router, RouterRecord]:
+        layers = self._only_layers()
+        features = self._features(rows, layers)
+        x = joined(features, layers)
+        every = torch.arange(len(rows.truth))
+        scorer, _ = train("prompts", x, rows.truth, every, self.count, self.settings)
+        router = self._router(scorer, layers, "prompts")
+        logits = self._left_out(x, rows.truth)
+        if logits is None:
+            own = router.logits(features)
+            lead = own.gather(1, rows.truth[:, None])[:, 0] - own.scatter(
+                1, rows.truth[:, None], float("-inf")
+            ).amax(dim=1)
+            # Nothing tells how sure to be: on the lines themselves about 9 in 10.
+            router.temperature = self._asked_temperature(max(median(lead.tolist()) / 2, 1e-3))
+        else:
+            router.temperature = self._asked_temperature(fit_temperature(logits, rows.truth))
+        router.sharpness = self._asked_sharpness(1.0)
+        record = self._record(router, rows, reason="asked for", counted=every)
+        if logits is not None:  # each line by a router that has not seen it
+            record = record.model_copy(
+                update=self._held_out(logits, router.temperature, rows.truth)
+            )
+        return router, record
+
+    def _learnt(self, rows: _Rows) -> tuple[Router, RouterRecord]:
+        self._check_enough(rows)
+        sets = self._sets()
+        wanted = tuple(sorted({layer for layers in sets for layer in layers}))
+        features = self._features(rows, wanted)
+        parts = self._divided(rows)
+        step = lambda done, total: self.say("comparing routers", done, total)  # noqa: E731
+        tried, fitted, reason = compare(
+            features, rows.truth, parts, self.count, sets, self.settings, step
+        )
+        router = self._router(fitted.scorer, fitted.layers, fitted.kind)
+        router.temperature = fitted.temperature
+        router.novelty, noticed = self._novelty(features, rows.truth, parts, fitted.layers)
+        record = self._record(router, rows, reason=reason, counted=parts.train)
+        record = record.model_copy(
+            update={
+                "tried": tuple(
+                    each.tried.model_copy(update={"pooling": self.settings.pooling})
+                    for each in tried
+                ),
+                "epoch": fitted.epoch,
+                "calibration_rows": len(parts.calibration),
+                **self._held_out(fitted.logits, fitted.temperature, rows.truth[parts.held_out]),
+            }
+        )
+        scaled = fitted.logits / fitted.temperature
+        router.sharpness = self._sharpness(rows, parts.held_out, scaled)
+        if self.settings.refit:
+            router = self._refitted(router, fitted, features, rows.truth)
+            counted = torch.arange(len(rows.truth))
+            record = record.model_copy(update={"refitted": True, "rows": self._per(rows, counted)})
+        novelty = None
+        if router.novelty is not None:
+            novelty = NoveltyRecord(
+                layer=router.novelty.layer,
+                coverage=self.settings.coverage,
+                threshold=router.novelty.threshold,
+                noticed=noticed,
+            )
+        warnings = self._odd(rows, record)
+        return router, record.model_copy(
+            update={"sharpness": router.sharpness, "novelty": novelty, "warnings": warnings}
+        )
+
+    # ------------------------------------------------------------------ pieces of them
+
+    def _calibrate_projection(
+        self, router: Router, logits: Float[Tensor, "row expert"], rows: _Rows, parts: Parts
+    ) -> RouterRecord:
+        """A router that learnt nothing, with its temperature and sharpness set on rows."""
+        truth, held = rows.truth, parts.held_out
+        calibration = torch.cat([parts.train, parts.calibration])
+        router.temperature = self._asked_temperature(
+            fit_temperature(logits[calibration], truth[calibration])
+        )
+        router.sharpness = self._sharpness(rows, held, logits[held] / router.temperature)
+        record = self._record(router, rows, reason="asked for", counted=calibration[:0])
+        return record.model_copy(
+            update={"calibration_rows": len(calibration)}
+            | self._held_out(logits[held], router.temperature, truth[held])
+        )
+
+    def _rows(self, texts: Mapping[str, Sequence[Text | Chat | str]]) -> _Rows:
+        for expert in self.experts:
+            if not len(texts.get(expert, ())):
+                raise InputError(
+                    f"expert '{expert}': expected rows to fit a router, got 0. A few dozen texts "
+                    "that look like its inputs will do; for a few lines each there is the kind "
+                    "prompts, without any data the kind projection."
+                )
+        extra = sorted(set(texts) - set(self.experts))
+        if extra:
+            known = ", ".join(self.experts)
+            raise InputError(f"rows for '{extra[0]}', but no such expert. Known: {known}.")
+        rows = [
+            (index, _item(text))
+            for index, expert in enumerate(self.experts)
+            for text in sample(texts[expert], self.settings.rows_per_task, self.settings.seed)
+        ]
+        found = [text for _, text in rows]
+        encoded = encode(self.model.tokenizer, found, self.limit)
+        for place, (index, text) in enumerate(rows):
+            if not encoded.rows[place]["input_ids"] or not "".join(_said(text)).strip():
+                raise InputError(
+                    f"expert '{self.experts[index]}': a row has no text, got {text!r:.80}. A "
+                    "router learns nothing from it: remove it."
+                )
+        return _Rows(found, torch.tensor([index for index, _ in rows]), encoded)
+
+    def _check_enough(self, rows: _Rows) -> None:
+        for expert, count in self._per(rows, torch.arange(len(rows.truth))).items():
+            if count < FEWEST:
+                raise InputError(
+                    f"expert '{expert}': expected at least {FEWEST} rows to fit and check a "
+                    f"router, got {count}. A few dozen that look like its inputs will do; with so "
+                    "few there is the kind prompts (--kind prompts)."
+                )
+
+    def _sets(self) -> list[tuple[int, ...]]:
+        if self.settings.encoder is not None:
+            return [(0,)]
+        width = getattr(self.model.model.config, "hidden_size", None) or 1 << 30
+        return layer_sets(self.model.features.layers, width, self.settings.layer)
+
+    def _only_layers(self) -> tuple[int, ...]:
+        """Without rows to choose on: what was asked for, else a layer past the middle."""
+        if self.settings.encoder is not None:
+            return (0,)
+        if self.settings.layer == "auto":
+            return (-(-2 * self.model.features.layers // 3),)
+        return layer_sets(self.model.features.layers, 0, self.settings.layer)[0]
+
+    def _blocks(self) -> tuple[int, ...]:
+        """Blocks that projections are read in: numbered from 1."""
+        layers, asked = self.model.features.layers, self.settings.layer
+        if asked == "auto":
+            return tuple(range(1, layers + 1))
+        blocks = layer_sets(layers, 0, asked)[0]
+        if min(blocks) < 1 or max(blocks) > layers:
+            raise InputError(
+                f"router layer {asked}: a projection reads within blocks, 1 to {layers} here."
+            )
+        return blocks
+
+    def _made_up(self) -> dict[str, Tensor]:
+        """Inputs of random tokens: what an input that says nothing gives."""
+        tokenizer = self.model.tokenizer
+        draw = torch.Generator().manual_seed(self.settings.seed)
+        special = set(tokenizer.all_special_ids)
+        known = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+        ids = known[torch.randint(len(known), (64, 24), generator=draw)].to(self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @property
+    def _encoder(self) -> TextEncoder | None:
+        if self.settings.encoder is None:
+            return None
+        if not hasattr(self, "_opened"):
+            self._opened = TextEncoder(
+                self.settings.encoder, self.model.tokenizer, self.settings.pooling
+            )
+        return self._opened
+
+    def _router(self, scorer: nn.Module, layers: tuple[int, ...], kind: Any) -> Router:
+        return Router(
+            scorer.eval(),
+            layers,
+            kind=kind,
+            pooling=self.settings.pooling,
+            encoder=self._encoder,
+        )
+
+    def _features(self, rows: _Rows, layers: Sequence[int]) -> Features:
+        parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        order: list[int] = []
+        total, tokenizer = len(rows.texts), self.model.tokenizer
+        for indices, batch in batches(tokenizer, rows.encoded, FEATURE_BATCH):
+            self.say("reading features", len(order), total)
+            found = self._read({k: v.to(self.model.device) for k, v in batch.items()}, layers)
+            for layer in layers:
+                parts[layer].append(found[layer].cpu())
+            order += indices
+        self.say("reading features", total, total)
+        back = torch.tensor(order).argsort()
+        return {layer: torch.cat(parts[layer])[back] for layer in layers}
+
+    def _read(self, inputs: dict[str, Tensor], layers: Sequence[int]) -> Features:
+        if self._encoder is not None:
+            return {0: self._encoder.read(inputs)}
+        if self.settings.kind == "projection":
+            return self.model.energies.read(inputs, layers)
+        return self.model.features.read(inputs, layers, self.settings.pooling)
+
+    def _divided(self, rows: _Rows) -> Parts:
+        shares = self.settings.calibration, self.settings.held_out
+        return divide(alike(rows.texts), rows.truth, self.experts, shares, self.settings.seed)
+
+    def _left_out(
+        self, x: Float[Tensor, "row width"], truth: Int[Tensor, " row"]
+    ) -> Float[Tensor, "row expert"] | None:
+        """Logits of every line by prototypes of the others; None if an expert has only one."""
+        if int(torch.bincount(truth, minlength=self.count).min()) < 2:
+            return None
+        logits = []
+        for row in range(len(truth)):
+            rest = torch.arange(len(truth)) != row
+            scorer, _ = train("prompts", x, truth, rest.nonzero()[:, 0], self.count, self.settings)
+            logits.append(scorer(x[row : row + 1]))
+        return torch.cat(logits)
+
+    def _novelty(
+        self, features: Features, truth: Tensor, parts: Parts, layers: tuple[int, ...]
+    ) -> tuple[Novelty | None, dict[str, float]]:
+        """What notices new inputs, on the layer where experts that are left out are noticed."""
+        coverage = self.settings.coverage
+        if coverage >= 1:
+            return None, {}
+        last, width = max(layers), features[layers[0]].shape[1]
+        usable = [layer for layer in features if layer <= last] if width <= SMALL else [last]
+        train, check = parts.train, parts.calibration
+        found: dict[int, list[float]] = {layer: [] for layer in usable}
+        for done, layer in enumerate(usable if self.count > 2 else ()):
+            self.say("learning what is new", done, len(usable))
+            x = features[layer]
+            found[layer] = noticed_when_left_out(
+                x[train], truth[train], x[check], truth[check], self.count, coverage
+            )
+        self.say("learning what is new", len(usable), len(usable))
+        layer = max(usable, key=lambda each: (fmean(found[each] or [0.0]), -each))
+        x = features[layer]
+        novelty = Novelty.of(statistics(x[train], truth[train], self.count), layer)
+        scores = novelty(x[check]).double()
+        novelty.threshold = float(torch.quantile(scores, coverage, interpolation="higher"))
+        return novelty, dict(zip(self.experts, found[layer], strict=False))
+
+    def _refitted(
+        self, router: Router, fitted: Fitted, features: Features, truth: Tensor
+    ) -> Router:
+        """The same router, trained on all rows."""
+        x, every = joined(features, fitted.layers), torch.arange(len(truth))
+        scorer, _ = train(
+            fitted.kind, x, truth, every, self.count, self.settings, epochs=fitted.epoch
+        )
+        again = self._router(scorer, router.layers, router.kind)
+        again.temperature, again.sharpness = router.temperature, router.sharpness
+        if router.novelty is not None:
+            found = statistics(features[router.novelty.layer], truth, self.count)
+            again.novelty = Novelty.of(found, router.novelty.layer, router.novelty.threshold)
+        return again
+
+    def _asked_temperature(self, found: float) -> float:
+        asked = self.settings.temperature
+        return found if asked == "auto" else float(asked)
+
+    def _asked_sharpness(self, otherwise: Sharpness) -> Sharpness:
+        asked = self.settings.sharpness
+        return otherwise if asked == "auto" else asked
+
+    @torch.no_grad()
+    def _sharpness(
+        self, rows: _Rows, held: Int[Tensor, " held"], scaled: Float[Tensor, "held expert"]
+    ) -> Sharpness:
+        """What brings rows nearest to the answers of their own expert, all weight on it.
+
+        The distance of answers is that of their logits, squared, of each expert as a share of the
+        shared expert's distance. No labels are needed. `scaled`: logits over the temperature.
+        """
+        if self.settings.sharpness != "auto":
+            return self.settings.sharpness
+        probabilities = scaled.softmax(dim=-1).float()
+        each = max(1, SHARPENED_ROWS // self.count)
+        places = [
+            place
+            for expert in range(self.count)
+            for place in (rows.truth[held] == expert).nonzero()[:each, 0].tolist()
+        ]
+        off = torch.zeros(len(SHARPNESS), self.count, dtype=torch.float64)
+        scale = torch.zeros(self.count, dtype=torch.float64)
+        chosen = Encoded([rows.encoded.rows[int(held[p])] for p in places], [False] * len(places))
+        done = 0
+        for indices, batch in batches(self.model.tokenizer, chosen, FEATURE_BATCH // 4):
+            self.say("comparing answers", done, len(places))
+            inputs = {key: value.to(self.model.device) for key, value in batch.items()}
+            at = torch.tensor([places[i] for i in indices])
+            own = rows.truth[held[at]]
+            answer = _Answers(self.model, inputs, [self.experts[t] for t in own])
+            truth = answer(torch.eye(self.count)[own])
+            if truth is None:
+                return 1.0
+            shared = answer(torch.zeros(len(at), self.count))
+            scale.index_add_(0, own, _apart(shared, truth))
+            for place, sharpness in enumerate(SHARPNESS):
+                given = answer(sharpened(probabilities[at], sharpness))
+                off[place].index_add_(0, own, _apart(given, truth))
+            done += len(indices)
+        self.say("comparing answers", done, len(places))
+        if not bool((scale > 0).any()):
+            return 1.0
+        mean = (off[:, scale > 0] / scale[scale > 0]).mean(dim=1)
+        return SHARPNESS[int(mean.argmin())]
+
+    # ------------------------------------------------------------------ what is said of it
+
+    def _record(
+        self,
+        router: Router,
+        rows: _Rows | None,
+        *,
+        reason: str,
+        counted: Tensor | None = None,
+    ) -> RouterRecord:
+        counts = dict.fromkeys(self.experts, 0)
+        if rows is not None and counted is not None:
+            counts = self._per(rows, counted)
+        return RouterRecord(
+            **router.as_recorded(),
+            encoder=self.settings.encoder if router.encoder is not None else None,
+            experts=self.experts,
+            shared_sha256=self.model.manifest.shared_files(),
+            rows=counts,
+            held_out_rows=0,
+            held_out_accuracy=None,
+            confusion={},
+            reason=reason,
+            seed=self.settings.seed,
+            max_tokens=None if rows is None else self.limit,
+            bytes=0,
+        )
+
+    def _per(self, rows: _Rows, chosen: Int[Tensor, " chosen"]) -> dict[str, int]:
+        counts = torch.bincount(rows.truth[chosen], minlength=self.count).tolist()
+        return dict(zip(self.experts, counts, strict=True))
+
+    def _held_out(
+        self, logits: Float[Tensor, "held expert"], temperature: float, truth: Int[Tensor, " held"]
+    ) -> dict[str, Any]:
+        guess = logits.argmax(dim=1)
+        return {
+            "held_out_rows": len(truth),
+            "held_out_accuracy": float((guess == truth).double().mean()),
+            "calibration_error": calibration_error((logits / temperature).softmax(dim=1), truth),
+            "uncalibrated_error": calibration_error(logits.softmax(dim=1), truth),
+            "confusion": confusion(truth, guess, self.experts),
+        }
+
+    def _odd(self, rows: _Rows, record: RouterRecord) -> tuple[str, ...]:
+        """What is odd about the rows: the same ones under two experts, experts that look alike."""
+        told = []
+        own: dict[str, set[int]] = {}
+        for text, expert in zip(rows.texts, rows.truth.tolist(), strict=True):
+            own.setdefault("\t".join(_said(text)).lower(), set()).add(expert)
+        twice: dict[tuple[int, ...], int] = {}
+        for experts in own.values():
+            if len(experts) > 1:
+                twice[tuple(sorted(experts))] = twice.get(tuple(sorted(experts)), 0) + 1
+        for experts, count in sorted(twice.items(), key=lambda item: -item[1]):
+            names = " and ".join(self.experts[t] for t in experts)
+            told.append(
+                f"{names}: {count} texts are among the rows of each. No router can tell whose they "
+                "are; say task= or allowed= where you know."
+            )
+        for true, row in record.confusion.items():
+            total = sum(row.values())
+            for chosen, count in row.items():
+                if chosen == true or count < max(3, CONFUSED * total):
+                    continue
+                most = " Are its rows in the right file?" if count > total / 2 else ""
+                told.append(
+                    f"{true}: {count} of its {total} held-out rows look like {chosen}.{most}"
+                )
+        return tuple(told)
+
+
+class _Answers:
+    """What the model answers to a batch with some weights, as (batch, number)."""
+
+    def __init__(self, model: TwinModel, inputs: dict[str, Tensor], heads: list[str]) -> None:
+        self.model, self.inputs = model, inputs
+        self.head = heads if model.has_heads else None
+
+    def __call__(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch n"] | None:
+        output = self.model(**self.inputs, weights=weights, head=self.head)
+        logits = output.logits
+        if logits is None:
+            return None
+        if logits.ndim == 3:  # the last token's: what is said next
+            mask = self.inputs.get("attention_mask", torch.ones(logits.shape[:2]))
+            place = torch.arange(logits.shape[1], device=mask.device).expand(len(logits), -1)
+            last = place.masked_fill(~mask.bool(), -1).amax(dim=1).clamp(min=0)
+            logits = logits[torch.arange(len(logits)), last.to(logits.device)]
+        return logits.masked_fill(logits.isinf(), 0.0).flatten(1).cpu()
+
+
+def _apart(one: Tensor | None, other: Tensor) -> Float[Tensor, " batch"]:
+    assert one is not None
+    return (one.double() - other.double()).square().sum(dim=1)
 
 
 def _item(text: Text | Chat | str) -> Text | Chat:
@@ -163,109 +575,22 @@ def _item(text: Text | Chat | str) -> Text | Chat:
     return (text,) if isinstance(text, str) else tuple(text)
 
 
-def _check_rows(texts: Mapping[str, Sequence[Text | Chat | str]], experts: Sequence[str]) -> None:
-    for expert in experts:
-        count = len(texts.get(expert, ()))
-        if count < 5:
-            raise InputError(
-                f"expert '{expert}': expected at least 5 rows to fit and check a router, got "
-                f"{count}. A few dozen that look like its inputs will do."
-            )
-    extra = sorted(set(texts) - set(experts))
-    if extra:
-        raise InputError(f"rows for '{extra[0]}', but no such expert. Known: {', '.join(experts)}.")
+def _as_json(text: Text | Chat | str) -> Any:
+    """A row that `data.text_of` reads back."""
+    item = _item(text)
+    if isinstance(item, Chat):
+        return {"messages": list(item.messages), "tools": list(item.tools)}
+    return dict(zip(("text", "text_pair"), item, strict=False))
 
 
-def _features(
-    model: TwinModel,
-    texts: Sequence[Text | Chat],
-    layers: list[int],
-    limit: int,
-    progress: Progress | None,
-) -> dict[int, Float[Tensor, "row width"]]:
-    encoded = encode(model.tokenizer, texts, limit)
-    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    order: list[int] = []
-    for indices, batch in batches(model.tokenizer, encoded, FEATURE_BATCH):
-        if progress:
-            progress("reading features", len(order), len(texts))
-        found = model.features.read({k: v.to(model.device) for k, v in batch.items()}, layers)
-        for layer in layers:
-            parts[layer].append(found[layer].cpu())
-        order += indices
-    if progress:
-        progress("reading features", len(order), len(texts))
-    back = torch.tensor(order).argsort()
-    return {layer: torch.cat(parts[layer])[back] for layer in layers}
+def _said(text: Text | Chat) -> Text:
+    return text.text if isinstance(text, Chat) else text
 
 
-def _split(
-    texts: Sequence[Text | Chat], truth: Tensor, experts: Sequence[str], settings: Router
-) -> _Split:
-    """A share of each expert's rows held out; equal texts stay on one side."""
-    draw = torch.Generator().manual_seed(settings.seed)
-    said = [text.text if isinstance(text, Chat) else text for text in texts]
-    joined = [" ".join(text).lower() for text in said]
-    keys = [re.sub(r"\W+", " ", text).strip() or text for text in joined]
-    held_keys: set[str] = set()
-    for expert in truth.unique().tolist():
-        rows = (truth == expert).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=draw)].tolist()
-        count = max(1, round(settings.held_out * len(rows)))
-        held_keys |= {keys[row] for row in rows[:count]}
-    held = [row for row in range(len(texts)) if keys[row] in held_keys]
-    fit = [row for row in range(len(texts)) if keys[row] not in held_keys]
-    for index, expert in enumerate(experts):
-        if not any(int(truth[row]) == index for row in fit):
-            raise InputError(
-                f"expert '{expert}': after setting rows aside none are left to fit on. "
-                "Give more rows that differ, or a smaller held_out share."
-            )
-    return _Split(torch.tensor(fit), torch.tensor(held))
-
-
-def _train(
-    layer: int,
-    features: Float[Tensor, "row width"],
-    truth: Int[Tensor, " row"],
-    split: _Split,
-    experts: int,
-    settings: Router,
-) -> _Fitted:
-    """Train on one layer's features; keep the epoch that does best on the held-out rows."""
-    width = features.shape[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        mlp = RouterMLP(width, settings.hidden or width, experts, settings.dropout)
-        optimizer = torch.optim.Adam(mlp.parameters(), lr=settings.learning_rate)
-        held_x, held_y = features[split.held_out], truth[split.held_out]
-        best: tuple[float, float, int, dict[str, Tensor]] | None = None
-        size = max(2, settings.batch_size)  # batches of one would all be passed over below
-        for epoch in range(settings.epochs):
-            mlp.train()
-            for rows in split.fit[torch.randperm(len(split.fit))].split(size):
-                if len(rows) < 2:
-                    continue  # BatchNorm has no variance of one row; the next epoch draws another
-                loss = F.cross_entropy(mlp(features[rows]), truth[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            mlp.eval()
-            with torch.no_grad():
-                logits = mlp(held_x)
-                accuracy = float((logits.argmax(dim=-1) == held_y).float().mean())
-                held_loss = float(F.cross_entropy(logits, held_y))
-            if best is None or (accuracy, -held_loss) > (best[0], -best[1]):
-                state = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
-                best = accuracy, held_loss, epoch + 1, state
-    assert best is not None, "a recipe has at least one epoch"
-    mlp.load_state_dict(best[3])
-    return _Fitted(layer, mlp.eval(), best[0], best[1], best[2])
-
-
-def _confusion(
+def confusion(
     truth: Int[Tensor, " row"], guess: Int[Tensor, " row"], experts: Sequence[str]
 ) -> dict[str, dict[str, int]]:
+    """Rows by true expert, then by chosen expert; those that are 0 left out."""
     return {
         true: {
             chosen: count
@@ -274,82 +599,3 @@ def _confusion(
         }
         for i, true in enumerate(experts)
     }
-
-
-def store_router(artifact: Artifact, mlp: RouterMLP, entry: RouterRecord) -> RouterRecord:
-    """Write router and manifest so that the artifact is valid at every moment.
-
-    All that is new is written beside the old. Then the old router leaves the manifest, the files
-    change places, and the new one enters with the new manifest: a kill in between leaves an
-    artifact without a router, a full disk the old router. Raises `OutputError` for that, and while
-    another fit writes there.
-    """
-    with _alone(artifact.folder):
-        return _store(artifact, mlp, entry)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the artifact for one fit. The lock goes with the process, so a kill leaves none.
-
-    What a killed fit left behind is removed. Where a file system has no locks, nothing is held.
-    """
-    if not (folder / MANIFEST).is_file():
-        yield  # no artifact: opening it says so
-        return
-    path = folder / LOCK
-    with explained(path):
-        file = open(path, "w")
-    with file:
-        held = _lock(file, path)
-        for left in folder.glob(f".*{STAGED}") if held else ():
-            left.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _lock(file: IO[str], path: Path) -> bool:
-    """Whether the file is locked now; `OutputError` if another process or thread has it."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # An ended fit removes the file: the one that we opened may be gone.
-        ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except BlockingIOError:
-        ours = False
-    except (ImportError, OSError):
-        return False
-    if not ours:
-        raise OutputError(
-            f"{path.parent}: expected no other run at work here, but another fit-router is writing "
-            "here; wait for it, then run the same command again."
-        )
-    return True
-
-
-def _store(artifact: Artifact, mlp: RouterMLP, entry: RouterRecord) -> RouterRecord:
-    folder, mark = artifact.folder, f".{uuid4().hex}{STAGED}"
-    staged = {name: folder / f".{name}{mark}" for name in (ROUTER, CARD, MANIFEST)}
-    try:
-        with explained(folder / ROUTER):
-            state = {name: tensor.contiguous() for name, tensor in mlp.state_dict().items()}
-            # not save_file(): its error on a full disk is no OSError
-            staged[ROUTER].write_bytes(save(state, {"format": "pt"}))
-            stored = record(staged[ROUTER])
-            entry = entry.model_copy(update={"bytes": stored.bytes})
-            files = {k: v for k, v in artifact.manifest.files.items() if k != ROUTER}
-            without = artifact.manifest.model_copy(update={"router": None, "files": files})
-            fitted = {"router": entry, "files": files | {ROUTER: stored}}
-            manifest = without.model_copy(update=fitted)
-            staged[CARD].write_text(model_card(manifest), encoding="utf-8")
-            staged[MANIFEST].write_text(manifest.to_json(), encoding="utf-8")
-            replace_text(folder / MANIFEST, without.to_json())
-            for name, path in staged.items():  # the manifest last
-                os.replace(path, folder / name)
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
-    return entry
