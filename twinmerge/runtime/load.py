@@ -177,7 +177,7 @@ def load_router(artifact: Artifact) -> Router:
     try:
         router.load_tensors(tensors)
     except (KeyError, RuntimeError, ValueError) as problem:
-        raise CorruptArtifact(
+        raise RouterError(
             f"{artifact.folder / ROUTER}: its tensors are not those of a {fitted.kind} router of "
             f"width {fitted.width} ({first_line(problem)}). Run 'twinmerge fit-router' again."
         ) from None

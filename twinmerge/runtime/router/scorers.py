@@ -84,12 +84,15 @@ class Projection(Scorer):
 class Prototype(Scorer):
     """log N(x; m_t, Σ) of every expert, up to what all have in common.
 
-    Linear discriminant analysis with even priors: `m_tᵀ Σ⁻¹ x - ½ m_tᵀ Σ⁻¹ m_t`, around the mean.
+    Linear discriminant analysis with even priors: `m_tᵀ Σ⁻¹ x - ½ m_tᵀ Σ⁻¹ m_t`, around the mean. A
+    mean of n rows is off by a squared distance of about width / n, which would count against experts
+    of few rows: half of it is added.
     """
 
     means: Tensor
     mean: Tensor
     precision: Tensor
+    counts: Tensor
 
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
@@ -97,6 +100,7 @@ class Prototype(Scorer):
         self.register_buffer("means", torch.zeros(experts, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("precision", torch.zeros(width, width))
+        self.register_buffer("counts", torch.ones(experts))
 
     @staticmethod
     def fitted(
@@ -107,12 +111,14 @@ class Prototype(Scorer):
         prototype.means.copy_(found.means)
         prototype.mean.copy_(found.mean)
         prototype.precision.copy_(precision(found.within))
+        prototype.counts.copy_(found.counts)
         return prototype
 
     def forward(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch expert"]:
         means = self.means - self.mean
         weight = means @ self.precision
-        return (features - self.mean) @ weight.T - 0.5 * (weight * means).sum(dim=1)
+        squared = (weight * means).sum(dim=1) - self.width / self.counts
+        return (features - self.mean) @ weight.T - 0.5 * squared
 
 
 class Linear(Scorer):

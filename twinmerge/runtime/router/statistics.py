@@ -27,6 +27,8 @@ class Statistics:
     """Shrunk covariance of rows around their expert's mean."""
     total: Float[Tensor, "width width"]
     """The same around the mean of all."""
+    counts: Int[Tensor, " expert"]
+    """Rows of each expert."""
 
 
 def statistics(
@@ -45,8 +47,11 @@ def statistics(
             "the texts empty, or is this layer's output constant? Read another layer (layer=)."
         )
     means = torch.stack([x[truth == t].mean(dim=0) for t in range(experts)])
-    mean = x.mean(dim=0)
-    return Statistics(means, mean, shrunk(x - means[truth]), shrunk(x - mean))
+    mean, counts = x.mean(dim=0), torch.bincount(truth, minlength=experts)
+    total, around = shrunk(x - mean), x - means[truth]
+    if not bool((around != 0).any()):  # a row each: nothing varies around them
+        return Statistics(means, mean, total, total, counts)
+    return Statistics(means, mean, shrunk(around), total, counts)
 
 
 def shrunk(centred: Float[Tensor, "row width"]) -> Float[Tensor, "width width"]:
