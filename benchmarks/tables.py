@@ -16,6 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tables_router import router_tables
+
+from twinmerge.artifact.format import layers_said
 from twinmerge.evaluation.study import STATIC, TWIN
 
 ROOT = Path(__file__).parent.parent
@@ -71,18 +74,23 @@ def quality() -> str | None:
     accuracy = {
         name: row["protocols"]["routed"]["routing_accuracy"] for name, row in data["rows"].items()
     }
-    layer = {name: row["router"]["layer"] for name, row in data["rows"].items()}
+    reads = {name: layers_said(_layers(row)) for name, row in data["rows"].items()}
     main = "Twin-Merging, rank 16"
     plain = data["rows"][main]["seconds_per_1000_rows"]["plain"]
     lines += [
         "",
         f"Normalised score (mean over eight tasks of score / the expert's own score, in %), "
         f"{rows:,} test rows, {settings['title']}. Routing accuracy of the averaged shared expert "
-        f"{percent(accuracy[main])} % (layer {layer[main]}). A plain model takes {plain:.1f} s per "
+        f"{percent(accuracy[main])} % (reads {reads[main]}). A plain model takes {plain:.1f} s per "
         f"1,000 rows. Seeds 0. {made_with(data['provenance'])}. "
         "From [`results/glue-minilm.json`](results/glue-minilm.json).",
     ]
     return "\n".join(lines)
+
+
+def _layers(row: dict[str, Any]) -> tuple[int, ...]:
+    """What the row's router reads; rows of before it could read several name one."""
+    return tuple(row["router"].get("layers") or [row["router"]["layer"]])
 
 
 def per_task() -> str | None:
@@ -363,6 +371,11 @@ _BUILDING = {
 }
 
 
+def router() -> str | None:
+    data = read("router")
+    return None if data is None else router_tables(data, made_with(data["provenance"]))
+
+
 def lora() -> str:
     """Scores of the bundled adapters."""
     scores = [json.loads(p.read_text()) for p in sorted(LORA.glob("experts/*/score.json"))]
@@ -427,6 +440,7 @@ TABLES = {
     "building": building,
     "svd": svd,
     "lora": lora,
+    "router": router,
 }
 
 
@@ -441,7 +455,8 @@ def filled(text: str) -> str:
 
 def main() -> int:
     stale = 0
-    pages = ("README.md", "docs/running.md", "docs/grouped.md", "examples/glue-lora/README.md")
+    pages = ("README.md", "docs/running.md", "docs/grouped.md", "docs/router.md")
+    pages += ("examples/glue-lora/README.md",)
     for page in (ROOT / name for name in pages):
         before = page.read_text(encoding="utf-8")
         after = filled(before)

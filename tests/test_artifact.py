@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import randn
+from conftest import randn, router_by_hand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from test_conformance import assert_same_files
 from tiny import EXPERTS, FAMILIES, batch_of, densely_merged, merge, opened, shared_tensors
 
 from twinmerge.artifact import writer
-from twinmerge.artifact.format import MANIFEST, ROUTER, Manifest, RouterRecord
+from twinmerge.artifact.format import MANIFEST, ROUTER, Manifest, RouterRecord, Tried
 from twinmerge.artifact.reader import Artifact
 from twinmerge.artifact.tensorfile import HashedFile, TensorFileWriter, layout, record
 from twinmerge.artifact.writer import check_space, explained, replace_text
@@ -35,7 +35,6 @@ from twinmerge.errors import (
 )
 from twinmerge.merging import join as joining
 from twinmerge.runtime.load import load
-from twinmerge.runtime.router.mlp import RouterMLP
 
 # ------------------------------------------------------------------- one file, tensor by tensor
 
@@ -225,7 +224,7 @@ def test_nothing_in_the_folder_is_pickled(sharded):
 # ------------------------------------------------------------------------------ the manifest
 
 GOLDEN = """{
- "format_version": 2,
+ "format_version": 3,
  "recipe": {
   "base_model": "base",
   "models": [
@@ -249,13 +248,22 @@ GOLDEN = """{
    "rank": 1
   },
   "router": {
+   "kind": "prototype",
    "layer": "auto",
+   "pooling": "mean",
    "rows_per_task": 1000,
+   "calibration": 0.2,
+   "held_out": 0.2,
+   "refit": true,
+   "temperature": "auto",
+   "sharpness": "auto",
+   "coverage": 0.99,
+   "examples": 0,
    "epochs": 30,
    "learning_rate": 0.0005,
    "batch_size": 64,
    "dropout": 0.5,
-   "held_out": 0.2,
+   "strength": 30.0,
    "seed": 0
   },
   "tokenizer_source": "base"
@@ -471,11 +479,11 @@ def edit(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_an_unknown_format_version_says_which_one_this_release_reads(version, damaged):
     edit(damaged, format_version=version)
     with pytest.raises(
-        UnsupportedFormat, match=rf"version {version!r}; this .* reads versions 1 and 2. Up"
+        UnsupportedFormat, match=rf"version {version!r}; this .* reads versions 1 to 3. Up"
     ):
         Artifact(damaged)
 
@@ -589,22 +597,18 @@ def test_a_router_file_that_cannot_be_read_is_corrupt_even_unchecked(damaged):
 
 def with_router(folder: Path, **changes) -> None:
     """A router fitted by hand, recorded as `fit-router` records one."""
-    torch.manual_seed(0)
-    mlp = RouterMLP(16, 4, 3)
-    save_file(mlp.state_dict(), folder / ROUTER)
+    router = router_by_hand(layer=1)
+    save_file(router.tensors(), folder / ROUTER)
     manifest = Artifact(folder, check=False).manifest
     fitted = RouterRecord(
-        **dict(
-            kind="mlp",
-            layer=1,
-            width=16,
-            hidden=4,
+        **router.as_recorded()
+        | dict(
             experts=manifest.names,
             shared_sha256=manifest.shared_files(),
             rows=dict.fromkeys(EXPERTS, 10),
             held_out_rows=6,
             held_out_accuracy=1.0,
-            accuracy_by_layer={0: 0.5, 1: 1.0},
+            tried=(Tried(kind="mlp", layers=(0,), accuracy=0.5),),
             confusion={name: {name: 2} for name in EXPERTS},
             epoch=3,
             seed=0,
@@ -623,6 +627,23 @@ def test_a_fitted_router_routes(damaged):
     twin, inputs = load(damaged), batch_of(FAMILIES["bert"])
     weights = twin.route(**inputs)
     assert torch.equal(twin(**inputs).weights, weights) and weights.shape == (4, 3)
+    want = router_by_hand(layer=1).scorer(twin.features.read(inputs, [1])[1]).softmax(dim=-1)
+    assert torch.equal(weights, want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(width=8), "not those of a router of kind mlp and width 8 .*fit-router' again"),
+        (dict(hidden=5), "not those of a router of kind mlp and width 16"),
+        (dict(kind="linear"), "not those of a router of kind linear"),
+    ],
+)
+def test_a_router_whose_record_and_tensors_differ_is_not_used(changes, message, damaged):
+    with_router(damaged, **changes)
+    with pytest.raises(RouterError, match=f"{ROUTER}: its tensors are {message}"):
+        load(damaged)(**batch_of(FAMILIES["bert"]))
+    load(damaged)(task="math", **batch_of(FAMILIES["bert"]))
 
 
 @pytest.mark.parametrize(

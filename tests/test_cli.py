@@ -175,18 +175,20 @@ def test_fit_router_stores_a_router_and_says_how_good_it_is(call, bench, tmp_pat
     folder = shutil.copytree(bench.plain, tmp_path / "artifact")
     done = call("fit-router", folder, bench.data, "--json")
     entry = Artifact(folder).manifest.router
-    assert done.code == 0 and done.json == entry.model_dump(mode="json")
-    assert entry.hidden == 24  # the recipe's router section
+    assert done.code == 0 and done.json == entry.model_dump(mode="json") | {"said": entry.said}
+    assert entry.kind == "prototype" and entry.sharpness == 1  # the recipe's router section
     assert "twinmerge fit-router" not in (folder / "README.md").read_text()
 
 
 def test_options_of_fit_router_win_over_the_recipe(call, bench, tmp_path):
     folder = shutil.copytree(bench.plain, tmp_path / "artifact")
     words = ("--layer", 1, "--rows", 10, "--split", "validation", "--columns", "text")
+    words += ("--kind", "mlp", "--sharpness", "top", "--coverage", 0.9)
     done = call("fit-router", folder, bench.data, *words)
     entry = Artifact(folder).manifest.router
-    assert done.code == 0 and list(entry.accuracy_by_layer) == [1]
-    assert sum(entry.rows.values()) + entry.held_out_rows == 30
+    assert done.code == 0 and [each.layers for each in entry.tried] == [(1,)]
+    assert (entry.kind, entry.sharpness, entry.novelty.coverage) == ("mlp", "top", 0.9)
+    assert sum(entry.rows.values()) == 30 and entry.held_out_rows == 6
     assert f"{entry.held_out_accuracy:.1%} of {entry.held_out_rows} held-out rows" in done.out
     low, high = binomial(entry.held_out_accuracy, entry.held_out_rows)
     assert f"(which tells {low:.1%} to {high:.1%})" in done.out
@@ -208,8 +210,11 @@ def test_tasks_that_are_no_expert_are_noted_on_stderr(call, bench, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--layer", "first"), "--layer: .*expected auto or an integer of at least 0"),
-        (("--layer", "²"), "--layer: .*expected auto or an integer"),
+        (
+            ("--layer", "first"),
+            "--layer: expected auto, an integer of at least 0 .* got 'first'\\.$",
+        ),
+        (("--layer", "²"), "--layer: expected auto, an integer"),
         (("--layer", "7"), "router layer 7: this model has layers 0"),
         (("--rows", "0"), "--rows: "),
         (("--split", "dev"), "no rows for expert 'math' and 2 others"),
@@ -371,9 +376,14 @@ def test_top_k_and_threshold_restrict_the_weights_and_say_what_they_dropped(whic
 
 
 def test_a_row_whose_weights_are_all_dropped_runs_as_the_shared_expert(call, bench):
-    (line,) = call("run", bench.routed, "--threshold", 0.99999, stdin=b"math1 the1\n").lines
+    single = [text[0] for text in mixed(6) if len(text) == 1]
+    inputs = [bench.model.tokenizer(text, return_tensors="pt") for text in single]
+    known = [not bench.model.routing(**each).new for each in inputs]
+    text = single[known.index(True)]  # what is new has no weight to drop
+    words = ("run", bench.routed, "--threshold", 0.99999)
+    (line,) = call(*words, stdin=text.encode()).lines
     assert line["weights"] == {} and line["weight"] == 0 and line["dropped"] == pytest.approx(1)
-    inputs = bench.model.tokenizer("math1 the1", return_tensors="pt")
+    inputs = bench.model.tokenizer(text, return_tensors="pt")
     zeros = [0.0] * len(EXPERTS)
     shared = bench.model(**inputs, weights=zeros, head=line["expert"])
     (want,) = bench.model.answers(shared)
@@ -528,7 +538,7 @@ def test_inspect_for_people_names_experts_bytes_router_and_tensors(call, bench):
     done = call("inspect", bench.routed, "--tensors")
     manifest = Artifact(bench.routed).manifest
     assert all(record.name in done.out for record in manifest.tensors)
-    assert f"router: reads layer {manifest.router.layer}" in done.out
+    assert f"router: {manifest.router.said}" in done.out
     assert "router: none yet" in call("inspect", bench.plain).out
 
 

@@ -129,7 +129,7 @@ def test_a_compiled_model_routes_as_before(which, request):
     with torch.no_grad():
         same(compiled(**inputs, task="math").logits, plain(**inputs, task="math").logits)
         for twin in (compiled, plain):  # as if no expert changed anything before the router
-            twin.untouched_layers = twin.router_layer
+            twin.untouched_layers = twin.router.last
         got, want = compiled(**inputs), plain(**inputs)
         plain.untouched_layers = -1
     assert compiled.features is not None

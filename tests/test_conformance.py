@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from conftest import randn
+from conftest import randn, router_by_hand
 from families import BERT, EVERY, FAMILIES, Family
 from tiny import (
     EXPERTS,
@@ -34,7 +34,6 @@ from twinmerge.errors import InputError, RouterError, UnsupportedModel
 from twinmerge.runtime.heads import HeadSwitch
 from twinmerge.runtime.load import load
 from twinmerge.runtime.per_row import NotRowWise
-from twinmerge.runtime.router.mlp import RouterMLP
 from twinmerge.runtime.routing import Mix, Routing, routed
 
 CALLS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -313,12 +312,7 @@ def route(zoo, monkeypatch):
     def give(name: str, rank, inputs: dict, layer: int):
         twin = zoo.twin(name, rank)
         width = twin.features.read(inputs, [layer])[layer].shape[1]
-        torch.manual_seed(0)
-        router = RouterMLP(width, 8, len(EXPERTS)).eval()
-        with torch.no_grad():
-            router.layers[-1].weight.mul_(20)  # so that rows are told apart
-        monkeypatch.setattr(twin, "router", router)
-        monkeypatch.setattr(twin, "router_layer", layer)
+        monkeypatch.setattr(twin, "router", router_by_hand(layer, width))
         return twin
 
     return give
@@ -329,13 +323,14 @@ def test_generation_routes_once_and_padding_and_batch_order_change_nothing(
 ):
     inputs, routes = prompt_of(EVERY[generator]), []
     twin = route(generator, 3, inputs, layer=1)
-    original = type(twin).route
+    original = type(twin).routing
 
     def counted(self, **prompt):
-        routes.append(original(self, **prompt))
-        return routes[-1]
+        said = original(self, **prompt)
+        routes.append(said.weights)
+        return said
 
-    monkeypatch.setattr(type(twin), "route", counted)
+    monkeypatch.setattr(type(twin), "routing", counted)
     together = twin.generate(**inputs, **CALLS)
     assert len(routes) == 1 and not torch.allclose(routes[0][0], routes[0][1], atol=1e-2)
 
@@ -370,6 +365,10 @@ def test_without_weights_the_router_decides_weights_and_head(readable, route):
     output, weights = twin(**inputs), twin.route(**inputs)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(6))
     assert torch.equal(output.weights, weights)
+    said = twin.routing(**inputs)
+    assert torch.equal(said.weights, weights) and not said.new.any()
+    if not hasattr(twin.model, "get_text_features"):
+        assert torch.equal(output.routed.probabilities, said.probabilities)
     assert torch.equal(output.expert, weights.argmax(dim=1))
     heads = [EXPERTS[index] for index in output.expert]
     assert_equal(output, twin(weights=weights, head=heads, **inputs))

@@ -36,7 +36,11 @@ from twinmerge import cli
 from twinmerge.artifact import format as artifact_format
 from twinmerge.merging.shared import METHODS
 from twinmerge.recipe import REFUSED, Exclusive, Expert, Recipe, Router
-from twinmerge.runtime.router.mlp import RouterMLP
+from twinmerge.recipe.words import shown
+from twinmerge.runtime.router.novelty import Novelty
+from twinmerge.runtime.router.router import KINDS
+from twinmerge.runtime.router.router import Router as RunningRouter
+from twinmerge.runtime.router.scorers import empty
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -347,6 +351,7 @@ def test_every_key_of_a_recipe_is_described_with_its_default_and_no_other(headin
         if fields[name].is_required():
             assert default == "required", name
         else:
+            value = shown(value) if isinstance(value, bool) else value
             assert default == ("-" if value is None else f"`{value}`"), name
 
 
@@ -401,10 +406,22 @@ def test_the_format_names_every_kind_suffix_and_tensor_of_the_router():
         assert f"`<name>{suffix}`" in FORMAT
     assert f"`<name>{artifact_format.HEAD}`" in FORMAT
     assert f"Format version {artifact_format.FORMAT_VERSION};" in FORMAT
-    described = [
-        key for row in table(section(FORMAT, "Router"), "tensor") for key in quoted(row[0])
-    ]
-    assert sorted(described) == sorted(RouterMLP(3, 4, 2).state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_format_describes_every_tensor_of_every_kind_of_router_and_no_other(kind):
+    text = section(FORMAT, "Router")
+    tensors = {
+        key: quoted(row[1]) for row in table(text, "kind") for key in quoted(row[0])
+    }  # the kinds that are described alike are in one row
+    assert list(tensors) == list(KINDS)
+    described = tensors[kind]
+    if kind == "mlp":
+        described = [key for row in table(text, "tensor") for key in quoted(row[0])]
+    router = RunningRouter(empty(kind, 6, 2, 4), novelty=Novelty(6, 2, 0, 1.0))
+    of_novelty = sorted(name for name in router.tensors() if name.startswith("novelty."))
+    assert sorted(described) == sorted(set(router.tensors()) - set(of_novelty))
+    assert sorted(set(re.findall(r"`(novelty\.\w+)`", text))) == of_novelty
 
 
 def tree(text: str) -> dict[str, set[str]]:

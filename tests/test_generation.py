@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-from conftest import randn
+from conftest import randn, router_by_hand
 from families import FAMILIES, Family
 from texts import TextBench, save_tokenizer, sentences
 from tiny import EVERY, EXPERTS, batch_of, made, merge, row
@@ -34,7 +34,6 @@ from twinmerge.runtime.caches import tag
 from twinmerge.runtime.load import load
 from twinmerge.runtime.per_row import Ambiguous, NotRowWise
 from twinmerge.runtime.router.fit import fit_router
-from twinmerge.runtime.router.mlp import RouterMLP
 from twinmerge.runtime.routing import Mix, Routing, current, routed
 
 DECODERS = ["llama", "gpt2", "qwen3", "gemma"]
@@ -69,11 +68,7 @@ def dense(zoo, name: str, weights: torch.Tensor):
 
 def routed_by_hand(twin, layer: int = 1):
     """A twin with a small random router that tells rows apart."""
-    torch.manual_seed(0)
-    router = RouterMLP(16, 8, len(EXPERTS)).eval()
-    with torch.no_grad():
-        router.layers[-1].weight.mul_(20)
-    twin.router, twin.router_layer = router, layer
+    twin.router = router_by_hand(layer)
     return twin
 
 
@@ -770,11 +765,13 @@ def test_run_answers_rows_of_messages_and_gives_them_back(causal_bench, tmp_path
     assert got == [row | want for row, want in zip(rows, wants, strict=True)]
 
 
-def test_a_router_can_be_fitted_on_chats(causal_bench, tmp_path):
+@pytest.mark.parametrize("kind", ["prototype", "mlp"])
+def test_a_router_can_be_fitted_on_chats(kind, causal_bench, tmp_path):
     folder = tmp_path / "chats"
     shutil.copytree(causal_bench.plain, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    settings = Router(epochs=25, hidden=24, batch_size=16, learning_rate=0.01, dropout=0.1)
+    mlp = dict(epochs=25, hidden=24, batch_size=16, learning_rate=0.01, dropout=0.1)
+    settings = Router(kind=kind, **mlp)
     chats = {
         name: [chat_of(turns(" ".join(text))) for text in sentences(name, 20)] for name in EXPERTS
     }

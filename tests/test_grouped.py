@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from texts import EXPERTS
 
 from twinmerge.data import Encoded, encode, pad, read_tasks
-from twinmerge.errors import InputError, MissingExtra, RouterError
+from twinmerge.errors import InputError, RouterError
 from twinmerge.evaluation.grouped import compare_grouped
 from twinmerge.evaluation.score import evaluate, prepare
-from twinmerge.runtime import grouped as grouping
 from twinmerge.runtime.export import DenseMerge
 from twinmerge.runtime.grouped import group_weights, route_rows, run_grouped
 from twinmerge.runtime.load import load
@@ -154,17 +153,6 @@ def test_bad_requests_are_named():
     unchecked = inspect.unwrap(group_weights)  # past the test suite's type checker
     with pytest.raises(InputError, match="by='logit'.*weights, logits. Did you mean 'logits'"):
         unchecked(weights, by="logit")
-
-
-def test_without_scikit_learn_the_install_line_comes_before_any_work(bench, monkeypatch):
-    for loaded in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
-        monkeypatch.setitem(sys.modules, loaded, None)
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'twinmerge\[eval\]'"):
-        group_weights(torch.eye(3))
-    monkeypatch.setattr(grouping, "route_rows", None)  # not reached
-    with pytest.raises(MissingExtra, match=r"pip install 'twinmerge\[eval\]'"):
-        run_grouped(bench.model, Encoded([], []))
 
 
 # --------------------------------------------------------------------------------- running them

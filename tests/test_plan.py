@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randn
+from conftest import randn, router_by_hand
 from families import EVERY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,7 +32,6 @@ from twinmerge.runtime.parts import Factors
 from twinmerge.runtime.per_row import Ambiguous, NotRowWise, per_row
 from twinmerge.runtime.plan import Planner, drop, groups
 from twinmerge.runtime.reading import read_mixed
-from twinmerge.runtime.router.mlp import RouterMLP
 from twinmerge.runtime.routing import Routing, Store, current, routed
 from twinmerge.runtime.split import joined, run_split
 
@@ -439,7 +438,7 @@ def test_a_model_that_mixes_rows_gives_what_it_gives_otherwise(name, zoo, monkey
 def test_a_cache_cannot_be_cut(zoo, monkeypatch):
     twin, inputs = zoo.twin("llama", 3), batch_of(EVERY["llama"])
     monkeypatch.setattr(twin.planner, "mixes_rows", "by hand")
-    with pytest.raises(InputError, match="past_key_values=: .* a cache cannot be cut"):
+    with pytest.raises(InputError, match="past_key_values=, .* a cache cannot be cut"):
         twin(weights=weights_of(4), past_key_values=DynamicCache(), **inputs)
     with pytest.raises(UnsupportedModel, match="a DynamicCache cannot be put together .*use_cache"):
         twin(weights=weights_of(4), use_cache=True, **inputs)
@@ -562,11 +561,7 @@ TARGETS = {"math": ["query", "value"], "code": ["query", "dense"], "law": ["valu
 
 def routed_by_hand(twin: Any, layer: int) -> Any:
     """A twin with a small random router that tells rows apart."""
-    torch.manual_seed(0)
-    router = RouterMLP(16, 8, len(EXPERTS)).eval()
-    with torch.no_grad():
-        router.layers[-1].weight.mul_(20)
-    twin.router, twin.router_layer = router, layer
+    twin.router = router_by_hand(layer)
     return twin
 
 
@@ -599,7 +594,7 @@ def test_a_router_that_reads_before_any_difference_costs_no_forward(adapters, op
     passes.clear()
     twin.untouched_layers = -1
     want = twin(**options, **inputs)
-    assert len(passes) == 1 + (twin.router_layer > 0)
+    assert len(passes) == 1 + (twin.router.last > 0)
     assert_equal(got, want)
     assert (got.plan, got.expert.tolist()) == (want.plan, want.expert.tolist())
     assert torch.equal(got.weights, want.weights)
@@ -643,10 +638,12 @@ def test_a_router_is_not_part_of_the_gradients(adapters, untouched):
 def test_a_router_that_gives_no_numbers_is_told(adapters, untouched):
     twin, inputs = routed_by_hand(load(adapters), layer=0), batch_of(EVERY["bert"])
     twin.untouched_layers = untouched
-    twin.router.register_forward_hook(
+    twin.router.scorer.register_forward_hook(
         lambda _, args, out: out.masked_fill(torch.arange(4)[:, None] == 2, float("nan"))
     )
-    with pytest.raises(RouterError, match="NaN in row 2, from features of layer 0 that are finite"):
+    with pytest.raises(
+        RouterError, match=r"NaN in row 2, from features \(mlp, reads layer 0\) that are finite"
+    ):
         twin(**inputs)
     if untouched < 0:
         with pytest.raises(RouterError, match="fit the router again"):

@@ -18,24 +18,41 @@ from test_conformance import assert_same_files
 from texts import BERT_TEXT, LLAMA_TEXT, sentences
 from tiny import EXPERTS, opened
 
-from twinmerge.artifact.format import MANIFEST, ROUTER
+from twinmerge.artifact.format import EXAMPLES, MANIFEST, ROUTER
 from twinmerge.artifact.reader import Artifact
 from twinmerge.artifact.tensorfile import record
 from twinmerge.data import encode, pad
 from twinmerge.errors import InputError, OutputError, RouterError
-from twinmerge.recipe import Router
+from twinmerge.recipe import Router as Settings
 from twinmerge.runtime.load import load, load_router
-from twinmerge.runtime.router import fit as fitting
-from twinmerge.runtime.router.fit import choose_layer, fit_router
+from twinmerge.runtime.router import choosing, store
+from twinmerge.runtime.router.choosing import Fitted, choose
+from twinmerge.runtime.router.fit import fit_router
 from twinmerge.runtime.router.mlp import RouterMLP
+from twinmerge.runtime.router.splitting import Parts, alike, divide
 
-QUICK = Router(epochs=25, hidden=24, batch_size=16, learning_rate=0.01, dropout=0.1, layer=0)
+QUICK = Settings(
+    kind="mlp", epochs=25, hidden=24, batch_size=16, learning_rate=0.01, dropout=0.1, layer=0
+)
 
 
 @pytest.fixture
 def artifact(bench, tmp_path) -> Path:
     """A copy without a router, to fit one in."""
     return shutil.copytree(bench.plain, tmp_path / "artifact")
+
+
+@pytest.fixture(scope="module")
+def network(bench, tmp_path_factory) -> Path:
+    """An artifact with the paper's network as its router, which takes no input for new."""
+    folder = shutil.copytree(bench.plain, tmp_path_factory.mktemp("network") / "artifact")
+    fit_router(folder, bench.texts(20), changed(QUICK, coverage=1.0))
+    return folder
+
+
+def changed(settings: Settings, **updates) -> Settings:
+    """Other settings, also ones that a recipe may not have."""
+    return settings.model_copy(update=updates)
 
 
 def batch_of(model, texts):
@@ -55,42 +72,64 @@ def test_new_rows_of_separable_tasks_go_to_their_own_expert(bench):
     model = bench.model
     assert model.manifest.router.held_out_accuracy > 0.8  # three experts: chance is 1 / 3
     for index, name in enumerate(EXPERTS):
+        said = model.routing(**batch_of(model, sentences(name, 20, seed=77)))
+        assert (said.probabilities.argmax(dim=-1) == index).float().mean() > 0.7
+        assert said.new.float().mean() < 0.3
+
+
+@pytest.mark.parametrize("kind", choosing.LEARNT)
+def test_every_kind_that_learns_tells_separable_tasks_apart(kind, artifact, bench):
+    entry = fit_router(artifact, bench.texts(20), changed(QUICK, kind=kind, coverage=1.0))
+    assert entry.kind == kind and entry.held_out_accuracy > 0.8
+    model = load(artifact)
+    for index, name in enumerate(EXPERTS):
         weights = model.route(**batch_of(model, sentences(name, 20, seed=77)))
         assert (weights.argmax(dim=-1) == index).float().mean() > 0.7
 
 
-def test_rows_that_say_nothing_about_the_expert_are_routed_by_chance(artifact):
+@pytest.mark.parametrize("kind", choosing.LEARNT)
+def test_rows_that_say_nothing_about_the_expert_are_routed_by_chance(kind, artifact):
     rows = [text[:1] for text in sentences("math", 120, seed=5)]
     texts = {name: rows[place::3] for place, name in enumerate(EXPERTS)}
-    assert fit_router(artifact, texts, QUICK).held_out_accuracy < 0.7
+    assert fit_router(artifact, texts, changed(QUICK, kind=kind)).held_out_accuracy < 0.7
 
 
-def test_fitting_twice_gives_the_same_bytes(artifact, bench, tmp_path):
+@pytest.mark.parametrize("kind", ["mlp", "auto"])
+def test_fitting_twice_gives_the_same_bytes_but_for_the_seconds_that_it_took(
+    kind, artifact, bench, tmp_path
+):
+    def timeless(data):
+        assert all(tried.pop("seconds") > 0 for tried in data["router"]["tried"])
+
+    asked = changed(QUICK, kind=kind, examples=2)
     other = shutil.copytree(artifact, tmp_path / "other")
     torch.manual_seed(1)
-    fit_router(artifact, bench.texts(20), QUICK)
+    fit_router(artifact, bench.texts(20), asked)
     torch.manual_seed(2)  # and torch's own generator is left alone
     before = torch.get_rng_state()
-    fit_router(other, bench.texts(20), QUICK)
+    fit_router(other, bench.texts(20), asked)
     assert torch.equal(torch.get_rng_state(), before)
+    for folder in (artifact, other):
+        manifest_edited(folder, timeless)
     assert_same_files(artifact, other)
 
 
 def test_another_seed_gives_another_router(artifact, bench):
     fit_router(artifact, bench.texts(20), QUICK)
     first = (artifact / ROUTER).read_bytes()
-    fit_router(artifact, bench.texts(20), QUICK.model_copy(update={"seed": 1}))
+    fit_router(artifact, bench.texts(20), changed(QUICK, seed=1))
     assert (artifact / ROUTER).read_bytes() != first
 
 
-def test_with_layer_auto_all_layers_are_tried(bench):
+def test_with_layer_auto_all_layers_are_tried_and_several_at_once(bench):
     fitted = Artifact(bench.routed).manifest
-    assert fitted.recipe["router"]["layer"] == "auto" and fitted.router.hidden == 24
-    assert sum(fitted.router.rows.values()) + fitted.router.held_out_rows == 90
-    assert set(fitted.router.accuracy_by_layer) == {0, 1, 2}
-    assert fitted.router.layer == choose_layer(
-        fitted.router.accuracy_by_layer, fitted.router.held_out_rows
-    )
+    assert fitted.recipe["router"]["layer"] == "auto" and fitted.router.kind == "prototype"
+    assert sum(fitted.router.rows.values()) == 90 and fitted.router.refitted
+    assert [each.layers for each in fitted.router.tried] == [(0,), (1,), (2,), (0, 1, 2)]
+    chosen = [each for each in fitted.router.tried if each.layers == fitted.router.layers]
+    assert [each.accuracy for each in chosen] == [fitted.router.held_out_accuracy]
+    assert min(each.loss for each in fitted.router.tried) <= chosen[0].loss
+    assert fitted.router.reason.startswith(("lowest loss on held-out rows", "cheapest of"))
 
 
 def test_every_setting_reaches_the_training(artifact, bench, monkeypatch):
@@ -101,7 +140,7 @@ def test_every_setting_reaches_the_training(artifact, bench, monkeypatch):
             seen["learning_rate"] = lr
             super().__init__(parameters, lr=lr)
 
-    made = fitting.RouterMLP
+    made = choosing.RouterMLP
 
     class Spy(made):
         def __init__(self, width, hidden, experts, dropout=0.0):
@@ -115,43 +154,74 @@ def test_every_setting_reaches_the_training(artifact, bench, monkeypatch):
                 seen["epochs"] += 1
             return super().forward(features)
 
-    monkeypatch.setattr(fitting.torch.optim, "Adam", Adam)
-    monkeypatch.setattr(fitting, "RouterMLP", Spy)
+    monkeypatch.setattr(choosing.torch.optim, "Adam", Adam)
+    monkeypatch.setattr(choosing, "RouterMLP", Spy)
     asked = dict(layer=1, rows_per_task=10, hidden=7, epochs=3, learning_rate=0.02, batch_size=4)
-    asked |= dict(dropout=0.25, held_out=0.3, seed=9)
-    fitted = fit_router(artifact, bench.texts(20), Router(**asked))
-    assert seen.pop("epochs") == 3 + 1  # one look at the held-out rows each, and a last one
+    asked |= dict(dropout=0.25, held_out=0.3, calibration=0.1, seed=9, refit=False)
+    asked |= dict(kind="mlp", pooling="last", temperature=3.0, sharpness=4.0, coverage=0.9)
+    fitted = fit_router(artifact, bench.texts(20), Settings(**asked))
+    # One look at the calibration rows each, and in the end one at these and the held-out ones.
+    assert seen.pop("epochs") == 3 + 2
     assert seen == {name: asked[name] for name in seen} and len(seen) == 3
-    assert (fitted.layer, fitted.hidden, fitted.seed) == (1, 7, 9)
-    assert fitted.rows == dict.fromkeys(EXPERTS, 7) and fitted.held_out_rows == 9
-    assert list(fitted.accuracy_by_layer) == [1] and 1 <= fitted.epoch <= 3
+    assert (fitted.kind, fitted.layers, fitted.hidden, fitted.seed) == ("mlp", (1,), 7, 9)
+    assert (fitted.pooling, fitted.temperature, fitted.sharpness) == ("last", 3.0, 4.0)
+    assert fitted.novelty.coverage == 0.9 and not fitted.refitted
+    assert fitted.rows == dict.fromkeys(EXPERTS, 6) and fitted.held_out_rows == 9
+    assert fitted.calibration_rows == 3
+    assert [each.layers for each in fitted.tried] == [(1,)] and 1 <= fitted.epoch <= 3
+
+
+def test_a_linear_routers_strength_pulls_its_weights_towards_zero(artifact, bench):
+    size = []
+    for strength in (0.1, 1000.0):
+        fit_router(artifact, bench.texts(10), changed(QUICK, kind="linear", strength=strength))
+        size.append(float(load_file(artifact / ROUTER)["layer.weight"].norm()))
+    assert size[0] > 10 * size[1]
 
 
 def test_a_recipes_router_section_holds_when_nothing_else_is_given(artifact, bench):
     def fewer(data):
-        data["recipe"]["router"] |= {"epochs": 1, "hidden": 5, "rows_per_task": 6, "layer": 2}
+        data["recipe"]["router"] |= {
+            "kind": "mlp", "epochs": 1, "hidden": 5, "rows_per_task": 6, "layer": 2
+        }  # fmt: skip
 
     manifest_edited(artifact, fewer)
     fitted = fit_router(artifact, bench.texts(20))
-    assert (fitted.hidden, fitted.layer, fitted.epoch) == (5, 2, 1)
-    assert sum(fitted.rows.values()) + fitted.held_out_rows == 18
+    assert (fitted.hidden, fitted.layers, fitted.epoch) == (5, (2,), 1)
+    assert sum(fitted.rows.values()) == 18
 
 
-def test_no_held_out_row_is_trained_on(artifact, bench, monkeypatch):
-    trained, held = [], []
+def test_no_row_that_checks_is_trained_on_before(artifact, bench, monkeypatch):
+    trained, checked = [], []
 
     class Spy(RouterMLP):
         def forward(self, features):
-            (trained if self.training else held).append(features.clone())
+            (trained if self.training else checked).append(features.clone())
             return super().forward(features)
 
-    monkeypatch.setattr(fitting, "RouterMLP", Spy)
-    fitted = fit_router(artifact, bench.texts(20), QUICK.model_copy(update={"epochs": 4}))
+    monkeypatch.setattr(choosing, "RouterMLP", Spy)
+    asked = changed(QUICK, epochs=4, refit=False)
+    fitted = fit_router(artifact, bench.texts(20), asked)
+    *calibration, held = checked  # of each epoch, and for the temperature
+    assert len(held) == fitted.held_out_rows == 12 and len(calibration) == 5
+    assert all(torch.equal(part, calibration[0]) for part in calibration)
+    assert len(calibration[0]) == fitted.calibration_rows == 12
     seen = torch.cat(trained)
-    assert all(len(part) == fitted.held_out_rows == 12 for part in held)
     # Features of different rows differ, so equal features would be the same row.
-    assert torch.cdist(held[0], seen).min() > 1e-4
-    assert len(seen.unique(dim=0)) == sum(fitted.rows.values()) == 48
+    assert torch.cdist(held, seen).min() > 1e-4 and torch.cdist(held, calibration[0]).min() > 1e-4
+    assert torch.cdist(calibration[0], seen).min() > 1e-4
+    assert len(seen.unique(dim=0)) == sum(fitted.rows.values()) == 36
+    trained.clear()
+    again = fit_router(artifact, bench.texts(20), changed(asked, refit=True))
+    # What is stored then learns from all, as long as the best epoch was, and is not judged anew.
+    assert len(torch.cat(trained).unique(dim=0)) == sum(again.rows.values()) == 60
+    assert again.held_out_accuracy == fitted.held_out_accuracy and again.epoch == fitted.epoch
+
+
+def divided(texts, truth, **shares) -> Parts:
+    asked = Settings(**shares)
+    share = asked.calibration, asked.held_out
+    return divide(alike(texts), truth, ("x", "y"), share, asked.seed)
 
 
 @settings(deadline=None, max_examples=60)
@@ -160,25 +230,27 @@ def test_no_held_out_row_is_trained_on(artifact, bench, monkeypatch):
     seed=st.integers(0, 99),
     share=st.sampled_from([0.1, 0.2, 0.5]),
 )
-def test_equal_texts_stay_on_one_side_of_the_split(words, seed, share):
+def test_equal_texts_stay_in_one_part(words, seed, share):
     texts = [(word,) for word in words]
     truth = torch.arange(len(texts)) % 2
     try:
-        split = fitting._split(texts, truth, ("x", "y"), Router(seed=seed, held_out=share))
+        parts = divided(texts, truth, seed=seed, held_out=share)
     except InputError as problem:  # too few that differ
         assert "after setting rows aside none are left" in str(problem)
         return
-    assert sorted([*split.fit.tolist(), *split.held_out.tolist()]) == list(range(len(texts)))
+    rows = [part.tolist() for part in (parts.train, parts.calibration, parts.held_out)]
+    assert sorted(row for part in rows for row in part) == list(range(len(texts)))
     same = {"a b": 0, "A  b!": 0, "c": 1, "C.": 1, "d": 2, "?": 3, "!": 4, "e f": 5}
-    sides = [{same[words[i]] for i in side.tolist()} for side in (split.fit, split.held_out)]
-    assert not sides[0] & sides[1] and all(sides)
+    one, two, three = ({same[words[row]] for row in part} for part in rows)
+    assert one and two and three and not (one & two or one & three or two & three)
 
 
-def test_a_fifth_of_every_experts_rows_is_held_out():
+def test_a_fifth_of_every_experts_rows_calibrates_and_a_fifth_is_held_out():
     truth = torch.tensor([0] * 10 + [1] * 40)
-    texts = [(f"text {i}",) for i in range(50)]
-    split = fitting._split(texts, truth, ("x", "y"), Router())
-    assert truth[split.held_out].bincount().tolist() == [2, 8]
+    parts = divided([(f"text {i}",) for i in range(50)], truth)
+    assert truth[parts.held_out].bincount().tolist() == [2, 8]
+    assert truth[parts.calibration].bincount().tolist() == [2, 8]
+    assert truth[parts.train].bincount().tolist() == [6, 24]
 
 
 def test_the_confusion_counts_every_held_out_row_once(bench):
@@ -191,40 +263,70 @@ def test_the_confusion_counts_every_held_out_row_once(bench):
 
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_batches_of_one_row_do_not_break_batch_norm_nor_stop_the_training(size, artifact, bench):
-    few = {name: rows[:5] for name, rows in bench.texts(5).items()}  # 12 to fit: 7 leaves 5
-    asked = QUICK.model_copy(update={"batch_size": size, "epochs": 2, "hidden": 8})
-    fit_router(artifact, few, asked)
+    few = {name: rows[:5] for name, rows in bench.texts(5).items()}  # 9 to fit, and 15 again
+    fit_router(artifact, few, changed(QUICK, batch_size=size, epochs=2, hidden=8))
     state = load_file(artifact / ROUTER)
     assert int(state["layers.1.num_batches_tracked"]) > 0
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
-def test_a_last_batch_of_one_row_is_passed_over(artifact, bench):
-    few = {name: rows[:5] for name, rows in bench.texts(5).items()}  # 12 to fit: 11 leaves 1
-    fit_router(artifact, few, QUICK.model_copy(update={"batch_size": 11, "epochs": 3}))
+@pytest.mark.parametrize("size", [8, 14])
+def test_a_last_batch_of_one_row_is_passed_over(size, artifact, bench):
+    few = {name: rows[:5] for name, rows in bench.texts(5).items()}  # 8 leaves 1 of 9, 14 of 15
+    fit_router(artifact, few, changed(QUICK, batch_size=size, epochs=3))
     assert torch.isfinite(load(artifact).route(**batch_of(load(artifact), few["math"]))).all()
 
 
-# ------------------------------------------------------------------------------ which layer
+# ------------------------------------------------------------------------------ which router
+
+
+def fitted_with(losses, *layers: int, kind: str = "prototype") -> Fitted:
+    """A router that was tried, by its losses on the held-out rows."""
+    losses = torch.tensor(losses, dtype=torch.float64)
+    logits = torch.zeros(len(losses), 3)
+    return Fitted(kind, layers, torch.nn.Identity(), 1.0, logits, losses, 0.5, 0.0, None)
+
+
+BEST = [0.5, 1.5] * 8
+TWO = [[1.0, -0.9] * 8, [1.0, -0.3] * 8]
+"""Differences to it whose means are 0.05 and 0.35, with standard errors of 0.245 and 0.168."""
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "rows", "layer"),
+    ("more", "layer"),
     [
-        ({0: 0.5, 1: 0.9, 2: 0.9}, 100, 1),  # ties: the earlier
-        ({0: 0.8701, 1: 0.88, 2: 0.9}, 100, 0),  # √(0.9 · 0.1 / 100) = 0.03: from 0.87 on
-        ({0: 0.8699, 1: 0.88, 2: 0.9}, 100, 1),
-        ({0: 0.88, 1: 0.89, 2: 0.9}, 10_000, 2),  # 0.003: only the best
-        ({0: 0.99, 1: 1.0}, 4, 1),  # at 1.0 the error is 0
-        ({5: 0.0}, 7, 5),
+        ([0.0] * 16, 0),  # ties: the earlier
+        (TWO[0], 0),  # within one standard error
+        (TWO[1], 1),
+        ([0.001] * 16, 1),  # worse by little, but in every row
     ],
 )
-def test_the_layer_is_the_earliest_within_one_standard_error_of_the_best(accuracy, rows, layer):
-    assert choose_layer(accuracy, rows) == layer
+def test_the_router_is_the_earliest_within_one_standard_error_of_the_best(more, layer):
+    early = fitted_with([a + b for a, b in zip(BEST, more, strict=True)], 0)
+    late = fitted_with(BEST, 1)
+    for tried in ([early, late], [late, early]):  # the order does not matter
+        chosen, reason = choose(tried)
+        assert chosen.layers == (layer,)
+        if chosen.losses.mean() > late.losses.mean():
+            assert reason.startswith("cheapest of 2 (of 2 tried)")
+            assert "the lowest (prototype on layer 1, 50.0% right)" in reason
 
 
-def test_the_order_of_layers_does_not_matter():
-    assert choose_layer({2: 0.9, 0: 0.89, 1: 0.9}, 20) == 0
+def test_of_one_held_out_row_nothing_but_the_loss_is_known():
+    assert choose([fitted_with([0.2], 0), fitted_with([0.1], 1)])[0].layers == (1,)
+
+
+def test_what_was_asked_for_is_chosen_for_that_reason():
+    assert choose([fitted_with([7.0], 5)])[1] == "asked for"
+
+
+def test_an_early_layer_counts_more_than_a_simple_kind_and_that_more_than_few_layers():
+    mlp = fitted_with(BEST, 0, kind="mlp")
+    linear, both = fitted_with(BEST, 1, kind="linear"), fitted_with(BEST, 0, 1)
+    for tried, chosen in (([linear, mlp], mlp), ([linear, both], both), ([both, mlp], mlp)):
+        assert choose(tried)[0] is chosen and choose(tried[::-1])[0] is chosen
+    one = fitted_with(BEST, 1)
+    assert choose([both, one])[0] is one
 
 
 # --------------------------------------------------------------------------------- features
@@ -273,7 +375,7 @@ def test_layers_that_a_model_does_not_have_are_refused(bench, artifact):
     with pytest.raises(InputError, match=r"router layer 3: .* layers 0 \(the embeddings\) to 2"):
         bench.model.features.read(batch_of(bench.model, [("the1",)]), [3])
     with pytest.raises(InputError, match="router layer 9"):
-        fit_router(artifact, bench.texts(6), Router(layer=9))
+        fit_router(artifact, bench.texts(6), Settings(layer=9))
 
 
 # ------------------------------------------------------------------------------ the stored one
@@ -283,17 +385,21 @@ def test_layers_that_a_model_does_not_have_are_refused(bench, artifact):
 def test_routing_weights_sum_to_one_and_do_not_depend_on_batch_or_padding(which, request):
     model = request.getfixturevalue(which).model
     texts = [text for name in EXPERTS for text in sentences(name, 4, seed=8)]
+    said = model.routing(**batch_of(model, texts))
     together = model.route(**batch_of(model, texts))
-    torch.testing.assert_close(together.sum(dim=1), torch.ones(len(texts)))
+    assert torch.equal(said.weights, together)
+    torch.testing.assert_close(said.probabilities.sum(dim=1), torch.ones(len(texts)))
+    assert int(said.new.sum()) < 4  # what is new gets no expert
+    torch.testing.assert_close(together.sum(dim=1), (~said.new).float())
     assert together.dtype == torch.float32 and together.shape == (12, 3)
     single = torch.cat([model.route(**batch_of(model, [text])) for text in texts])
-    torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-5)
     inputs = batch_of(model, texts)
     longer = {
         key: torch.cat([value, value.new_zeros(len(texts), 5)], dim=1)
         for key, value in inputs.items()
     }
-    torch.testing.assert_close(model.route(**longer), together, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.route(**longer), together, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_routes_alike_padded_on_the_left_and_on_the_right(causal_bench):
@@ -307,13 +413,23 @@ def test_a_prompt_routes_alike_padded_on_the_left_and_on_the_right(causal_bench)
     torch.testing.assert_close(sides["left"], sides["right"], rtol=1e-4, atol=1e-6)
 
 
-def test_the_weights_are_the_softmax_of_the_stored_network(bench):
-    model = bench.model
-    mlp, entry = load_router(Artifact(bench.routed))
-    assert not mlp.training
+def test_the_weights_are_the_sharpened_softmax_of_the_stored_network(network):
+    model, router = load(network), load_router(Artifact(network))
+    assert isinstance(router.scorer, RouterMLP) and not router.scorer.training
     inputs = batch_of(model, sentences("law", 3))
-    features = model.features.read(inputs, [entry.layer])[entry.layer]
-    assert torch.equal(model.route(**inputs), mlp(features).softmax(dim=-1))
+    features = model.features.read(inputs, router.layers)[router.layers[0]]
+    probabilities = (router.scorer(features) / router.temperature).softmax(dim=-1)
+    assert router.temperature != 1 and torch.equal(
+        model.routing(**inputs).probabilities, probabilities
+    )
+    model.router.sharpness = 2.0
+    squares = probabilities.square()
+    want = squares / squares.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(model.route(**inputs), want)
+    model.router.sharpness = "top"
+    top = model.route(**inputs)
+    assert top.sort(dim=1).values.tolist() == [[0.0, 0.0, 1.0]] * 3
+    assert torch.equal(top.argmax(dim=1), probabilities.argmax(dim=1))
 
 
 def test_the_network_is_three_linear_layers_of_the_papers_kind():
@@ -332,6 +448,7 @@ def test_the_manifest_says_what_was_fitted_and_the_card_repeats_it(bench):
     assert entry.bytes == (bench.routed / ROUTER).stat().st_size
     assert artifact.manifest.files[ROUTER] == record(bench.routed / ROUTER)
     assert entry.shared_sha256 == artifact.manifest.shared_files()
+    assert (entry.kind, entry.layers) == (bench.model.router.kind, bench.model.router.layers)
     card = (bench.routed / "README.md").read_text()
     assert f"{entry.held_out_accuracy:.1%} of {entry.held_out_rows:,} rows" in card
     assert "No router was fitted yet" in (bench.plain / "README.md").read_text()
@@ -379,7 +496,7 @@ def test_too_few_rows_are_refused_with_the_experts_name(artifact, bench):
     texts = bench.texts(6) | {"code": sentences("code", 4)}
     with pytest.raises(InputError, match="expert 'code': expected at least 5 rows .* got 4"):
         fit_router(artifact, texts)
-    with pytest.raises(InputError, match="expert 'law': expected at least 5 rows .* got 0"):
+    with pytest.raises(InputError, match="expert 'law': expected rows to fit a router, got 0"):
         fit_router(artifact, {name: texts["math"] for name in ("math", "code")})
 
 
@@ -411,11 +528,12 @@ def test_a_second_fit_of_the_same_folder_is_told_to_wait(artifact, bench, monkey
 
 
 def test_a_router_is_not_stored_while_another_fit_runs(artifact, bench):
-    mlp, entry = load_router(Artifact(bench.routed))
-    with fitting._alone(artifact), pytest.raises(OutputError, match="another fit-router"):
-        fitting.store_router(Artifact(artifact), mlp, entry)
+    source = Artifact(bench.routed)
+    router, entry = load_router(source), source.manifest.router
+    with store.alone(artifact), pytest.raises(OutputError, match="another fit-router"):
+        store.store_router(Artifact(artifact), router, entry)
     assert not [path for path in artifact.iterdir() if path.name.startswith(".")]
-    fitting.store_router(Artifact(artifact), mlp, entry)
+    store.store_router(Artifact(artifact), router, entry)
     assert load(artifact).router is not None
 
 
@@ -458,13 +576,14 @@ def count_steps(monkeypatch, fail_at: int | None) -> list[str]:
     return steps
 
 
-STEPS = 8
+STEPS = 10
+KEPT = changed(QUICK, examples=2, epochs=1, seed=5)
 
 
 def test_a_fit_writes_in_the_steps_that_the_next_test_kills(artifact, bench, monkeypatch):
     with monkeypatch.context() as patched:
         steps = count_steps(patched, None)
-        fit_router(artifact, bench.texts(6), QUICK)
+        fit_router(artifact, bench.texts(6), KEPT)
     assert len(steps) == STEPS and not [p for p in artifact.iterdir() if p.name.startswith(".")]
 
 
@@ -474,21 +593,23 @@ def test_a_fit_writes_in_the_steps_that_the_next_test_kills(artifact, bench, mon
 def test_a_fit_killed_between_steps_leaves_a_valid_artifact(
     step, had_one, bench, tmp_path, monkeypatch
 ):
-    folder = shutil.copytree(bench.routed if had_one else bench.plain, tmp_path / "artifact")
+    folder = shutil.copytree(bench.plain, tmp_path / "artifact")
+    if had_one:
+        fit_router(folder, bench.texts(6), changed(KEPT, seed=0))
     before = Artifact(folder).manifest.router
-    asked = QUICK.model_copy(update={"epochs": 1, "seed": 5})
     with monkeypatch.context() as patched, pytest.raises(Killed):
         count_steps(patched, step)
-        fit_router(folder, bench.texts(6), asked)
+        fit_router(folder, bench.texts(6), KEPT)
     left = Artifact(folder, check=True)
     assert left.manifest.router in (None, before)
     model = load(folder)
     assert (model.router is None) == (left.manifest.router is None)
-    fit_router(folder, bench.texts(6), asked)  # and the command can be run again
-    assert load(folder).router is not None
+    assert len(left.examples()) == (3 if left.manifest.router else 0)
+    fit_router(folder, bench.texts(6), KEPT)  # and the command can be run again
+    assert load(folder).router is not None and len(Artifact(folder).examples()) == 3
 
 
-@pytest.mark.parametrize("name", [ROUTER, "README.md", MANIFEST])
+@pytest.mark.parametrize("name", [ROUTER, EXAMPLES, "README.md", MANIFEST])
 def test_a_full_disk_leaves_the_old_router(name, bench, tmp_path, monkeypatch):
     folder = shutil.copytree(bench.routed, tmp_path / "artifact")
     untouched = shutil.copytree(folder, tmp_path / "untouched")
@@ -506,5 +627,5 @@ def test_a_full_disk_leaves_the_old_router(name, bench, tmp_path, monkeypatch):
         patched.setattr(Path, "write_text", full(Path.write_text))
         patched.setattr(Path, "write_bytes", full(Path.write_bytes))
         with pytest.raises(OutputError, match="the disk is full"):
-            fit_router(folder, bench.texts(6), QUICK)
+            fit_router(folder, bench.texts(6), KEPT)
     assert_same_files(folder, untouched)

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from conftest import router_by_hand
 from huggingface_hub import errors as hub_errors
 from test_conformance import assert_same_files
 
@@ -27,7 +28,6 @@ from twinmerge.errors import (
 from twinmerge.runtime import saving
 from twinmerge.runtime.load import load
 from twinmerge.runtime.model import TwinModel
-from twinmerge.runtime.router.mlp import RouterMLP
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -40,6 +40,14 @@ def copied(bench, tmp_path) -> Path:
 
 def inputs_of(twin: TwinModel) -> Any:
     return twin.tokenizer(["math1 the2", "code3 code4 the1"], return_tensors="pt", padding=True)
+
+
+def prefer_code(twin: TwinModel) -> None:
+    """Change the router so that every row is given to code, whatever it is."""
+    network = router_by_hand(layer=1)
+    with torch.no_grad():
+        network.scorer.layers[-1].bias.copy_(torch.tensor([0.0, 1000.0, 0.0]))
+    twin.router = network
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -79,8 +87,7 @@ def test_what_is_stored_does_not_depend_on_the_dtype_that_it_runs_in(bench, tmp_
 
 def test_the_router_is_written_as_it_is_in_memory(copied, tmp_path):
     twin = load(copied)
-    with torch.no_grad():
-        twin.router.layers[-1].bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
+    prefer_code(twin)
     out = twin.save_pretrained(tmp_path / "copy")
     again = load(out)  # all digests are right
     assert again(**inputs_of(again)).expert.tolist() == [1, 1]
@@ -99,16 +106,33 @@ def test_a_router_fitted_after_loading_is_not_the_models(bench, copied, tmp_path
     assert_same_files(twin.save_pretrained(tmp_path / "copy"), bench.plain)
 
 
-def test_a_router_of_another_size_is_recorded_as_such(copied, tmp_path):
+def test_a_router_of_another_kind_is_recorded_as_such(copied, tmp_path):
     twin = load(copied)
-    twin.router = RouterMLP(twin.router.width, 5, 3).eval()
+    assert (twin.router.kind, twin.manifest.router.hidden) == ("prototype", None)
+    twin.router = router_by_hand(layer=1)
+    twin.router.temperature, twin.router.sharpness = 2.0, "top"
     again = load(twin.save_pretrained(tmp_path / "copy"))
-    assert again.router.hidden == 5 and again.manifest.router.hidden == 5
+    entry = again.manifest.router
+    assert (entry.kind, entry.layers, entry.hidden) == ("mlp", (1,), 8)
+    assert again.router.scorer.hidden == 8 and again.router.layers == (1,)
+    assert (again.router.temperature, again.router.sharpness) == (2.0, "top")
+    assert torch.equal(again.route(**inputs_of(again)), twin.route(**inputs_of(twin)))
+
+
+def test_what_is_new_is_saved_as_it_is_in_memory(copied, tmp_path):
+    twin = load(copied)
+    twin.router.novelty.threshold = -1e9  # now everything is
+    again = load(twin.save_pretrained(tmp_path / "everything"))
+    assert again.routing(**inputs_of(again)).new.all()
+    assert again.manifest.router.novelty.threshold == -1e9
+    twin.router.novelty = None
+    again = load(twin.save_pretrained(tmp_path / "nothing"))
+    assert again.router.novelty is None and not again.routing(**inputs_of(again)).new.any()
 
 
 def test_a_router_without_a_record_is_refused(bench, tmp_path):
     twin = load(bench.plain)
-    twin.router, twin.router_layer = RouterMLP(16, 5, 3).eval(), 0
+    twin.router = router_by_hand(layer=0)
     with pytest.raises(OutputError, match="a router that no fit-router made.*fit_router"):
         twin.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
@@ -133,8 +157,7 @@ def test_to_its_own_folder_nothing_is_written_but_it_is_checked(copied, monkeypa
 
 def test_another_router_is_not_written_into_its_own_folder(copied):
     twin = load(copied)
-    with torch.no_grad():
-        twin.router.layers[-1].bias.add_(1.0)
+    twin.router.scorer.means.add_(1.0)
     with pytest.raises(OutputError, match="its router is another now. Save to a new folder"):
         twin.save_pretrained(copied)
     load(copied)
@@ -407,8 +430,7 @@ def test_a_branch_is_made_and_a_pull_request_needs_none(hub, bench):
 
 def test_a_router_that_changed_in_memory_is_pushed(hub, copied, tmp_path):
     twin = load(copied)
-    with torch.no_grad():
-        twin.router.layers[-1].bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
+    prefer_code(twin)
     twin.push_to_hub("us/merge")
     again = load(hub.unpacked(tmp_path / "there"))
     assert again(**inputs_of(again)).expert.tolist() == [1, 1]

@@ -107,13 +107,7 @@ class TextBench:
             for name in EXPERTS
         ]
         path = self.folder / "recipe.yaml"
-        router = {
-            "epochs": 25,
-            "hidden": 24,
-            "batch_size": 16,
-            "learning_rate": 0.01,
-            "dropout": 0.1,
-        }
+        router = {"sharpness": 1.0}  # so that rows have weights on all experts
         recipe = {
             "base_model": "./base", "models": entries, "exclusive": {"rank": 4}, "router": router
         }  # fmt: skip

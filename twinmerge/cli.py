@@ -260,6 +260,140 @@ def doctor(
         raise typer.Exit(1)
 
 
+Base = Annotated[
+    str | None,
+    typer.Option(help="Where the base model is, if not where the artifact's recipe says."),
+]
+Labels = Annotated[
+    str | None, typer.Option(help="Names of its classes, in order: `no,yes`. For adapters.")
+]
+NewRows = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Rows of the new expert for the router: a .jsonl file, or a folder as for fit-router "
+        "(a `linear` or `mlp` router needs rows of all experts)."
+    ),
+]
+NewWeights = Annotated[
+    str, typer.Option(help="For a router of kind none: `a=0.7,b=0.3`. Default: even.")
+]
+Split = Annotated[str, typer.Option(help="Which file of EXPERT/ to read.")]
+
+
+@app.command()
+def add(
+    out: Out,
+    expert: Annotated[str, typer.Argument(help="Folder or hub id: a full model or an adapter.")],
+    data: NewRows = None,
+    name: Annotated[
+        str | None, typer.Option(help="What to call it. Default: the last part of EXPERT.")
+    ] = None,
+    labels: Labels = None,
+    base: Base = None,
+    weights: NewWeights = "",
+    split: Split = "train",
+    columns: Columns = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Add EXPERT to OUT, the others left as they are.
+
+    What it keeps is taken against the shared expert as it is, cut as OUT's recipe says. The router
+    follows where it can: from DATA, or from none.
+    """
+    from .grow import add
+    from .recipe.references import default_name
+    from .show_grow import grow_text
+
+    rows = _new_rows(out, data, name or default_name(expert), split, columns)
+    with _stages(quiet) as progress:
+        result = add(
+            out,
+            expert,
+            name=name,
+            labels=_columns(labels),
+            base=base,
+            rows=rows,
+            weights=_weighting(weights),
+            progress=progress,
+        )
+    show.print_result(result, as_json, grow_text)
+
+
+@app.command()
+def remove(
+    out: Out,
+    name: Annotated[str, typer.Argument(help="The expert that goes.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Remove an expert from OUT. The shared expert keeps its part of it."""
+    from .grow import remove
+    from .show_grow import grow_text
+
+    with _stages(quiet) as progress:
+        result = remove(out, name, progress=progress)
+    show.print_result(result, as_json, grow_text)
+
+
+@app.command()
+def replace(
+    out: Out,
+    name: Annotated[str, typer.Argument(help="The expert that goes; the new one has its name.")],
+    expert: Annotated[str, typer.Argument(help="Folder or hub id: a full model or an adapter.")],
+    data: NewRows = None,
+    labels: Labels = None,
+    base: Base = None,
+    weights: NewWeights = "",
+    split: Split = "train",
+    columns: Columns = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Put EXPERT in the place of NAME in OUT: remove, then add."""
+    from .grow import replace
+    from .show_grow import grow_text
+
+    rows = _new_rows(out, data, name, split, columns)
+    with _stages(quiet) as progress:
+        result = replace(
+            out,
+            name,
+            expert,
+            labels=_columns(labels),
+            base=base,
+            rows=rows,
+            weights=_weighting(weights),
+            progress=progress,
+        )
+    show.print_result(result, as_json, grow_text)
+
+
+def _new_rows(
+    out: Path, data: Path | None, name: str, split: str, columns: str | None
+) -> dict[str, list[Any]] | None:
+    """Texts by expert: the new one's, and others' that DATA holds."""
+    from .artifact.reader import Artifact
+    from .data import read_rows, read_tasks, task_files, text_of
+
+    manifest = Artifact(out, check=False).manifest
+    if data is None:
+        return None
+    fitted = manifest.router is not None and manifest.router.kind in ("linear", "mlp")
+    if data.is_file():
+        found = {name: read_rows(data)}
+        if not found[name]:
+            raise InputError(f"{data}: is empty; expected at least one row.")
+    else:
+        files = task_files(data, split) if fitted else {}
+        others = [expert for expert in manifest.names if expert in files]
+        found, _ = read_tasks(data, list(dict.fromkeys([*others, name])), split)
+    return {
+        expert: [text_of(row, _columns(columns)) for row in table]
+        for expert, table in found.items()
+    }
+
+
 @app.command()
 def fit_router(
     out: Out,
@@ -338,6 +472,12 @@ def fit_router(
     settings: dict[str, Any] = dict(manifest.recipe.get("router", {}))
     if auto and kind not in ("", "auto"):
         raise InputError(f"--auto --kind {kind}: --auto compares kinds. Give one of them.")
+    if weights and kind != "none":
+        raise InputError(f"--weights {weights}: only a router of --kind none has fixed weights.")
+    if encoder and kind in ("none", "projection"):
+        raise InputError(f"--encoder {encoder}: a router of --kind {kind} reads no text with it.")
+    if examples and data is None:
+        raise InputError(f"--examples {examples}: expected DATA, whose rows are kept; got none.")
     given = {
         "kind": "auto" if auto else kind,
         "layer": _numbers(layer),
@@ -432,6 +572,93 @@ def run(
             # has no such key: what a name means must not depend on the row.
             kept = {f"input_{key}" if key in KEYS else key: row[key] for key in row}
             typer.echo(json.dumps(kept | result, ensure_ascii=False))
+
+
+@app.command()
+def explain(
+    out: Out,
+    text: Annotated[
+        str, typer.Argument(help="A text; or JSON: a row as `run` reads it, or a chat's messages.")
+    ],
+    text_pair: Annotated[str | None, typer.Argument(help="Its second part, for pairs.")] = None,
+    task: Annotated[str | None, typer.Option(help="Force this expert, and its head.")] = None,
+    weights: Annotated[str, typer.Option(help="Force weights: `a=0.7,b=0.3`.")] = "",
+    allowed: Annotated[
+        str | None, typer.Option(help="Let the router choose from these only: `qqp,mrpc`.")
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="Force whose head answers.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Routing examples to compare with: a folder like fit-router's. Default: those "
+            "that `fit-router --examples N` kept."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which file of EXPERT/ in --data to read.")] = "train",
+    nearest: Annotated[int, typer.Option(help="How many nearest examples to show.", min=1)] = 5,
+    base: Annotated[
+        str | None, typer.Option(help="Where the base is, if not where the artifact says.")
+    ] = None,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Do not run the base.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it: FILE.png or FILE.svg (needs matplotlib).")
+    ] = None,
+    columns: Columns = None,
+    max_tokens: MaxTokens = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Generation: tokens to add.", min=1)] = 24,
+    device: Annotated[str, typer.Option(help="`cpu`, `cuda`, ...")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="`float32`, `bfloat16`, `float16`; `auto`: as stored.")
+    ] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Why OUT answers TEXT as it does: the router's choice, and what every expert would say.
+
+    Weights, calibrated probabilities and novelty; the routing examples that come nearest; and the
+    answers as routed, of each expert alone, of the shared expert and of the base. With `--task`,
+    `--weights`, `--allowed` or `--head` also the answer that this forces, beside the routed one.
+    """
+    from .artifact.reader import Artifact
+    from .data import read_tasks, text_of
+    from .runtime.devices import usable
+    from .runtime.explain import explain, read_text
+    from .runtime.load import load
+    from .show_explain import explain_text
+
+    if plot is not None:
+        from .plots_explain import check_target
+
+        check_target(plot)
+    manifest = Artifact(out, check=False).manifest
+    examples = None
+    if data is not None:
+        found, _ = read_tasks(data, manifest.names, split)
+        names = _columns(columns)
+        examples = {name: [text_of(row, names) for row in rows] for name, rows in found.items()}
+    read = read_text(text, text_pair, _columns(columns))
+    model = load(out, device=usable(device, "--device"), dtype=dtype)
+    with _stages(quiet) as progress:
+        found = explain(
+            model,
+            read,
+            task=task,
+            weights=_weighting(weights),
+            allowed=_columns(allowed),
+            head=head,
+            examples=examples,
+            count=nearest,
+            base=False if no_base else base or True,
+            max_tokens=max_tokens,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        ).to_dict()
+    show.print_result(found, as_json, explain_text)
+    if plot is not None:
+        from .plots_explain import write_plot
+
+        write_plot(found, plot)
+        typer.echo(f"drawn: {plot}", err=as_json)
 
 
 @app.command("eval")
@@ -529,6 +756,88 @@ def evaluate(
 
 
 @app.command()
+def report(
+    out: Out,
+    data: Annotated[
+        Path, typer.Argument(help="Folder with EXPERT/SPLIT.jsonl (text columns and `label`).")
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTML file to write, and beside it one of markdown (.md); both are replaced. "
+            "Default: OUT-report.html, here."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which file of EXPERT/ to read.")] = "test",
+    unseen: Annotated[
+        Path | None,
+        typer.Option(help="Such a folder of tasks that no expert saw: how many are noticed?"),
+    ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(
+            help="The recipe that OUT was built from: also score its experts and its base "
+            "themselves, which gives normalised scores.",
+            metavar="RECIPE",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Score this base too, under each expert's head.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="First rows of every task only.", min=1)] = None,
+    columns: Columns = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward.", min=1)] = 32,
+    max_tokens: MaxTokens = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """One page about OUT on the labelled rows of DATA, to look at in a browser; and as markdown.
+
+    Scores under all protocols, what is confused with what, mean weights by task, calibration,
+    accuracy against coverage, bytes and spectra, and what is wrong, with what to do about it.
+    """
+    from .data import read_rows, read_tasks, task_files
+    from .evaluation.report import gather
+    from .evaluation.report.page import write
+    from .evaluation.report.show import report_text
+    from .recipe import load_recipe
+    from .runtime.load import load
+
+    to = to or Path(f"{out.resolve().name}-report.html")
+    if to.suffix != ".html":
+        raise InputError(f"--to {to}: expected a name that ends in .html.")
+    model = load(out)
+    found, unused = read_tasks(data, model.experts, split)
+    for name in unused:
+        typer.echo(f"note: {data}: '{name}' is no expert of {out}; not measured", err=True)
+    others = {}
+    for name, path in task_files(unseen, split).items() if unseen is not None else ():
+        if name in model.experts:
+            typer.echo(f"note: {unseen}: '{name}' is an expert of {out}; not used", err=True)
+        elif table := read_rows(path):
+            others[name] = table
+    if unseen is not None and not others:
+        raise InputError(f"--unseen {unseen}: has no rows of other tasks, TASK/{split}.jsonl.")
+    with _stages(quiet) as progress:
+        measured = gather(
+            model,
+            {name: table[:rows] for name, table in found.items()},
+            unseen={name: table[:rows] for name, table in others.items()},
+            recipe=None if experts is None else load_recipe(experts).resolved(experts.parent),
+            base=base,
+            data=str(data),
+            split=split,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            columns=_columns(columns),
+            progress=progress,
+        )
+    files = write(measured, to)
+    written = [str(file) for file in files]
+    show.print_result({"written": written} | measured.to_dict(), as_json, report_text)
+
+
+@app.command()
 def inspect(
     out: Out,
     tensors: Annotated[bool, typer.Option("--tensors", help="One line per tensor.")] = False,
@@ -573,9 +882,12 @@ def _weighting(text: str) -> dict[str, float] | None:
         return None
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        return {name.strip(): float(value) for name, value in pairs}
+        found = {name.strip(): float(value) for name, value in pairs}
     except ValueError:
         raise InputError(f"--weights {text}: expected names and numbers, `a=0.7,b=0.3`.") from None
+    if len(found) < len(pairs):
+        raise InputError(f"--weights {text}: expected every name once.")
+    return found
 
 
 def _checked(model: Any, settings: dict[str, Any]) -> Any:
@@ -585,8 +897,10 @@ def _checked(model: Any, settings: dict[str, Any]) -> Any:
         return model.model_validate(settings)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = "--" + str(first["loc"][0] if first["loc"] else "").replace("rows_per_task", "rows")
-        raise InputError(f"{where}: {first['msg']}, got {first['input']!r}.") from None
+        # What a check of our own says has all in it.
+        said = first.get("ctx", {}).get("error") or f"{first['msg']}, got {first['input']!r}."
+        where = str(first["loc"][0]).replace("rows_per_task", "rows") if first["loc"] else ""
+        raise InputError(f"--{where}: {said}" if where else str(said)) from None
 
 
 def _lines(file: Path | None) -> list[str]:

@@ -20,7 +20,7 @@ from ..runtime.export import DenseMerge
 from ..runtime.grouped import By, Grouped, group_weights, route_rows, run_groups
 from ..runtime.model import TwinModel
 from .metrics import metric
-from .score import Prepared, Report, TaskScore, _fill, guesses_of
+from .score import Prepared, Report, TaskScore, filled, guesses_of
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,9 @@ class _Scorer:
             guesses_of(answers.logits[i][None], names)[0] if answers.expert[i] == own else None
             for i in mine
         ]
-        filled = _fill(guesses, regression=names is None)
+        answers = filled(guesses, regression=names is None)
         return TaskScore(
-            score=metric(task.task.metric)(task.truth, filled),
+            score=metric(task.task.metric)(task.truth, answers),
             metric=task.task.metric,
             rows=len(mine),
             routing_accuracy=sum(right[i] for i in mine) / len(mine),

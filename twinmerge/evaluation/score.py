@@ -249,8 +249,8 @@ def _score(
             indices, output.expert.tolist(), guesses_of(output.logits, names), strict=True
         ):
             guesses[index] = guess if chosen == own else None
-    filled = _fill(guesses, regression=names is None)
-    score = metric(task.task.metric)(task.truth, filled)
+    answers = filled(guesses, regression=names is None)
+    score = metric(task.task.metric)(task.truth, answers)
     return TaskScore(
         score=score,
         metric=task.task.metric,
@@ -302,7 +302,7 @@ def guesses_of(logits: Tensor, names: list[str] | None) -> list[float]:
     return values.float().tolist()
 
 
-def _fill(guesses: list[float | None], *, regression: bool) -> list[float]:
+def filled(guesses: list[float | None], *, regression: bool) -> list[float]:
     """What stands for "no answer": see `evaluate`."""
     answered = [guess for guess in guesses if guess is not None]
     instead = (fmean(answered) if answered else 0.0) if regression else -1.0

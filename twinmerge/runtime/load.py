@@ -150,17 +150,26 @@ def _settle_padding(twin: TwinModel) -> None:
 
 
 def load_router(artifact: Artifact) -> Router:
-    """The fitted router. Raises `RouterError` if there is none or it does not belong here."""
-    tensors = artifact.router()
-    fitted = artifact.manifest.router
-    assert fitted is not None, "artifact.router() checks it"
-    experts = len(fitted.experts)
-    encoder = novelty = None
-    if fitted.encoder is not None:
-        from transformers import AutoTokenizer
+    """The fitted router.
 
-        tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
-        encoder = TextEncoder(artifact.folder / ENCODER, tokenizer, fitted.pooling)
+    Raises `RouterError` if there is none, it does not belong here, or its files cannot be read.
+    """
+    encoder = novelty = None
+    try:
+        tensors = artifact.router()
+        fitted = artifact.manifest.router
+        assert fitted is not None, "artifact.router() checks it"
+        if fitted.encoder is not None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(artifact.folder)
+            encoder = TextEncoder(artifact.folder / ENCODER, tokenizer, fitted.pooling)
+    except (CorruptArtifact, InputError, OSError) as problem:
+        raise RouterError(
+            f"{artifact.folder}: its router cannot be read ({first_line(problem)}). "
+            "Run 'twinmerge fit-router' again."
+        ) from None
+    experts = len(fitted.experts)
     if fitted.novelty is not None:
         width = fitted.width // max(len(fitted.layers), 1)
         novelty = Novelty(width, experts, fitted.novelty.layer, fitted.novelty.threshold)
@@ -178,8 +187,9 @@ def load_router(artifact: Artifact) -> Router:
         router.load_tensors(tensors)
     except (KeyError, RuntimeError, ValueError) as problem:
         raise RouterError(
-            f"{artifact.folder / ROUTER}: its tensors are not those of a {fitted.kind} router of "
-            f"width {fitted.width} ({first_line(problem)}). Run 'twinmerge fit-router' again."
+            f"{artifact.folder / ROUTER}: its tensors are not those of a router of kind "
+            f"{fitted.kind} and width {fitted.width} ({first_line(problem)}). "
+            "Run 'twinmerge fit-router' again."
         ) from None
     return router.eval()
 

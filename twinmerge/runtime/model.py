@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +48,9 @@ from .router.router import Routed, Router
 from .router.store import of_router
 from .routing import Cell, Routing, routed
 from .split import run_split
+
+if TYPE_CHECKING:
+    from .explain import Explanation
 
 
 @dataclass
@@ -722,6 +725,17 @@ class TwinModel(nn.Module):
         from .pipelines import make
 
         return make(self, task, **options)
+
+    def explain(self, text: Any, **options: Any) -> Explanation:
+        """Why one text (or a pair, or a `data.Chat`) is answered as it is, and what would be else.
+
+        Routing, novelty, the nearest routing examples, and the answers as routed, as forced
+        (`task=`, `weights=`, `allowed=`, `head=`), of each expert, the shared expert and the base.
+        All options are those of `runtime.explain.explain`.
+        """
+        from .explain import explain
+
+        return explain(self, text, **options)
 
     # ------------------------------------------------------------------ saving
 

@@ -22,15 +22,25 @@ from uuid import uuid4
 from safetensors.torch import save as to_bytes
 
 from ..artifact.card import model_card
-from ..artifact.format import MANIFEST, RECIPE, ROUTER, FileRecord, Manifest, parse_manifest
+from ..artifact.format import (
+    MANIFEST,
+    RECIPE,
+    ROUTER,
+    FileRecord,
+    Manifest,
+    RouterRecord,
+    parse_manifest,
+)
 from ..artifact.reader import Artifact
 from ..artifact.tensorfile import HashedFile
 from ..artifact.writer import check_space, check_target, explained
 from ..errors import ArtifactError, CorruptArtifact, InputError, OutputError, first_line
+from .router.encoder import ENCODER
 from .router.store import of_router
 
 if TYPE_CHECKING:
     from .model import TwinModel
+    from .router.router import Router
 
 CARD = "README.md"
 CHUNK = 1 << 20
@@ -103,30 +113,46 @@ def _state(twin: TwinModel) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest of the model as it is, and the files that are not copied: name -> content."""
     manifest, own = twin.manifest, {}
     if twin.router is not None:
-        record = manifest.router
-        if record is None:
-            raise OutputError(
-                "the model has a router that no fit-router made, so there is nothing to write "
-                "about it into the manifest. Fit one with twinmerge.fit_router(folder, texts)."
-            )
+        record = _recorded(twin.router, manifest.router)
         own[ROUTER] = to_bytes(twin.router.tensors(), {"format": "pt"})
-        encoder = sum(f.bytes for name, f in manifest.files.items() if of_router(name))
-        if ROUTER in manifest.files:
-            encoder -= manifest.files[ROUTER].bytes
-        now = twin.router.as_recorded() | {"bytes": len(own[ROUTER]) + encoder}
         file = FileRecord(bytes=len(own[ROUTER]), sha256=hashlib.sha256(own[ROUTER]).hexdigest())
-        manifest = manifest.model_copy(
-            update={
-                "router": record.model_copy(update=now),
-                "files": manifest.files | {ROUTER: file},
-            }
-        )
+        files = manifest.files | {ROUTER: file}
+        if record.encoder is None:
+            files = {k: v for k, v in files.items() if not k.startswith(f"{ENCODER}/")}
+        size = sum(each.bytes for name, each in files.items() if of_router(name))
+        record = record.model_copy(update={"bytes": size})
+        manifest = manifest.model_copy(update={"router": record, "files": files})
     own[MANIFEST] = manifest.to_json().encode()
     own[CARD] = model_card(manifest).encode()
     card = twin.folder / CARD
     if card.is_file() and _on_disk(twin.folder) == manifest:
         own[CARD] = card.read_bytes()  # people add to it
     return manifest, own
+
+
+def _recorded(router: Router, record: RouterRecord | None) -> RouterRecord:
+    """The record of the fit, with what was changed since.
+
+    Raises `OutputError` where there is none of the router, its encoder or what notices new inputs.
+    """
+    novelty = None if record is None else record.novelty
+    if (
+        record is None
+        or (router.encoder is not None and record.encoder is None)
+        or (router.novelty is not None and novelty is None)
+    ):
+        raise OutputError(
+            "the model has a router that no fit-router made, so there is nothing to write "
+            "about it into the manifest. Fit one with twinmerge.fit_router(folder, texts)."
+        )
+    if novelty is not None and router.novelty is not None:
+        own = {"layer": router.novelty.layer, "threshold": router.novelty.threshold}
+        novelty = novelty.model_copy(update=own)
+    now = router.as_recorded() | {
+        "encoder": None if router.encoder is None else record.encoder,
+        "novelty": None if router.novelty is None else novelty,
+    }
+    return record.model_copy(update=now)
 
 
 def _on_disk(folder: Path) -> Manifest | None:

@@ -25,6 +25,7 @@ from .mlp import RouterMLP
 from .router import joined
 from .scorers import Linear, Prototype
 from .splitting import Parts
+from .statistics import check as check_features
 
 LEARNT = ("prototype", "linear", "mlp")
 """Kinds that learn from rows, the simplest first."""
@@ -166,9 +167,11 @@ def train(
 ) -> tuple[nn.Module, int | None]:
     """A scorer trained on these rows, and of an mlp the epoch that is kept.
 
-    That is the one that does best on the rows `check`; without them, the last of `epochs`.
+    That is the one that does best on the rows `check`; without them, the last of `epochs`. Raises
+    `InputError` for features that are not finite, or the same in all rows.
     """
     x, y = features[rows], truth[rows]
+    check_features(x)
     if kind in ("prototype", "prompts"):
         return Prototype.fitted(x, y, experts), None
     if kind == "linear":

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...errors import InputError, first_line
@@ -34,9 +35,11 @@ class TextEncoder(nn.Module):
         try:
             self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
             self._own = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as problem:
+        except (OSError, ValueError, KeyError, SafetensorError) as problem:
+            gone = Path(folder).is_absolute() and not Path(folder).is_dir()
+            why = "there is no such folder" if gone else first_line(problem)
             raise InputError(
-                f"router encoder {folder}: cannot be opened ({first_line(problem)}). Expected a "
+                f"router encoder {folder}: cannot be opened ({why}). Expected a "
                 "folder or hub id of an encoder with its tokenizer, such as "
                 "sentence-transformers/all-MiniLM-L6-v2."
             ) from None
@@ -74,12 +77,3 @@ class TextEncoder(nn.Module):
         batch = {key: value.to(device) for key, value in batch.items()}
         hidden = self.model(**batch).last_hidden_state
         return pooled(hidden, batch.get("attention_mask"), self.pooling)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves it; it stays in float32."""
-
-        def move(tensor: Tensor) -> Tensor:
-            done = fn(tensor)
-            return done if done.dtype == tensor.dtype else tensor.to(done.device)
-
-        return super()._apply(move, recurse)

@@ -31,7 +31,7 @@ from .encoder import TextEncoder
 from .features import Features
 from .novelty import Novelty, noticed_when_left_out
 from .router import Router, joined
-from .scorers import Fixed, Projection
+from .scorers import NOTHING, Fixed, Projection
 from .splitting import Parts, alike, divide
 from .statistics import statistics
 from .store import alone, store_router, stored
@@ -81,7 +81,7 @@ def fit_router(
     with alone(Path(folder)), torch.inference_mode(False), torch.enable_grad():
         model = load(folder, check=True)
         chosen = settings or Settings.model_validate(model.manifest.recipe.get("router", {}))
-        fit = _Fit(model, chosen, max_tokens, progress)
+        fit = RouterFit(model, chosen, max_tokens, progress)
         router, record = fit.run(texts)
         kept = fit.examples(texts)
         return stored(Artifact(folder, check=False), router, record, kept)
@@ -96,7 +96,7 @@ class _Rows:
     encoded: Encoded
 
 
-class _Fit:
+class RouterFit:
     """One fit; holds what its steps share."""
 
     def __init__(
@@ -147,7 +147,7 @@ class _Fit:
         if float(given.sum()) <= 0 or bool((given < 0).any()):
             raise InputError(f"router weights: expected numbers above 0, got {weights}.")
         scorer = Fixed(self.count)
-        scorer.logits.copy_((given / given.sum()).log())
+        scorer.logits.copy_((given / given.sum()).log().clamp(min=NOTHING))
         router = Router(scorer, kind="none")
         return router, self._record(router, None, reason="asked for")
 
@@ -189,7 +189,7 @@ class _Fit:
             record = record.model_copy(
                 update=self._held_out(logits, router.temperature, rows.truth)
             )
-        return router, record
+        return router, record.model_copy(update={"warnings": self._odd(rows, record)})
 
     def _learnt(self, rows: _Rows) -> tuple[Router, RouterRecord]:
         self._check_enough(rows)
@@ -248,10 +248,11 @@ class _Fit:
         )
         router.sharpness = self._sharpness(rows, held, logits[held] / router.temperature)
         record = self._record(router, rows, reason="asked for", counted=calibration[:0])
-        return record.model_copy(
+        record = record.model_copy(
             update={"calibration_rows": len(calibration)}
             | self._held_out(logits[held], router.temperature, truth[held])
         )
+        return record.model_copy(update={"warnings": self._odd(rows, record)})
 
     def _rows(self, texts: Mapping[str, Sequence[Text | Chat | str]]) -> _Rows:
         for expert in self.experts:
@@ -386,7 +387,8 @@ class _Fit:
     ) -> tuple[Novelty | None, dict[str, float]]:
         """What notices new inputs, on the layer where experts that are left out are noticed."""
         coverage = self.settings.coverage
-        if coverage >= 1:
+        # Of one expert alone the relative distance is zero for every row.
+        if coverage >= 1 or self.count == 1:
             return None, {}
         last, width = max(layers), features[layers[0]].shape[1]
         usable = [layer for layer in features if layer <= last] if width <= SMALL else [last]

@@ -28,14 +28,5 @@ class RouterMLP(nn.Module):
             nn.Linear(hidden, experts),
         )
 
-    def _apply(self, fn, recurse=True):
-        """Moves it; but it stays in float32 when the model around it is cast to half precision."""
-
-        def move(tensor: Tensor) -> Tensor:
-            done = fn(tensor)
-            return done if done.dtype == tensor.dtype else tensor.to(done.device)
-
-        return super()._apply(move, recurse)
-
     def forward(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch expert"]:
         return self.layers(features)

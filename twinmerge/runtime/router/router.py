@@ -128,6 +128,15 @@ class Router(nn.Module):
             weights = weights.masked_fill(new[:, None], 0.0)
         return Routed(weights, probabilities, score, new)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves it; but it stays in float32 when the model around it is cast to half precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            done = fn(tensor)
+            return done if done.dtype == tensor.dtype else tensor.to(done.device)
+
+        return super()._apply(move, recurse)
+
     def as_recorded(self) -> dict[str, Any]:
         """What a `RouterRecord` says of it that may be set after a fit."""
         scorer: Any = self.scorer
@@ -169,7 +178,7 @@ class Router(nn.Module):
         return self.scorer(joined(features, self.layers))
 
 
-def joined(features: Features, layers: tuple[int, ...]) -> Float[Tensor, "batch width"]:
+def joined(features: Features, layers: tuple[int, ...]) -> Float[Tensor, "batch joined"]:
     """The features of these layers side by side; the only ones there are if none is named."""
     found = [features[layer] for layer in layers] if layers else list(features.values())
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)

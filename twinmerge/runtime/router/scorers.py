@@ -13,9 +13,6 @@ All take features (batch, width) in float32 and give logits (batch, expert).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -29,16 +26,11 @@ class Scorer(nn.Module):
 
     width: int
     experts: int
-    settings: ClassVar[dict[str, Any]] = {}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves it; but it stays in float32 when the model around it is cast to half precision."""
 
-        def move(tensor: Tensor) -> Tensor:
-            done = fn(tensor)
-            return done if done.dtype == tensor.dtype else tensor.to(done.device)
-
-        return super()._apply(move, recurse)
+NOTHING = -1e4
+"""Logit of a weight of zero: not -inf, so that an expert without weight is chosen where `allowed=`
+leaves no other."""
 
 
 class Fixed(Scorer):
@@ -53,11 +45,6 @@ class Fixed(Scorer):
 
     def forward(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch expert"]:
         return self.logits.expand(len(features), -1)
-
-    def without(self, kept: list[int]) -> Fixed:
-        fixed = Fixed(len(kept))
-        fixed.logits.copy_(self.logits[kept])
-        return fixed
 
 
 class Projection(Scorer):
@@ -85,8 +72,8 @@ class Prototype(Scorer):
     """log N(x; m_t, Σ) of every expert, up to what all have in common.
 
     Linear discriminant analysis with even priors: `m_tᵀ Σ⁻¹ x - ½ m_tᵀ Σ⁻¹ m_t`, around the mean. A
-    mean of n rows is off by a squared distance of about width / n, which would count against experts
-    of few rows: half of it is added.
+    mean of n rows is off by a squared distance of about width / n, which would count against
+    experts of few rows: half of it is added.
     """
 
     means: Tensor
@@ -127,7 +114,10 @@ class Linear(Scorer):
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
         self.width, self.experts = width, experts
-        self.layer = nn.Linear(width, experts)
+        self.layer = nn.Linear(width, experts, device="meta")  # draws no random numbers
+        self.layer.to_empty(device="cpu")
+        for parameter in self.layer.parameters():
+            nn.init.zeros_(parameter)
 
     @staticmethod
     def fitted(
@@ -139,6 +129,9 @@ class Linear(Scorer):
         """strength: of the ridge, in units of rows (scikit-learn's 1 / C), on scaled features."""
         from sklearn.linear_model import LogisticRegression
 
+        linear = Linear(features.shape[1], experts)
+        if experts == 1:
+            return linear  # nothing to tell apart
         x = features.double()
         mean, spread = x.mean(dim=0), x.std(dim=0)
         spread = torch.where(spread > 0, spread, 1.0)
@@ -148,7 +141,6 @@ class Linear(Scorer):
         bias = torch.from_numpy(model.intercept_) - weight @ mean
         if experts == 2:  # scikit-learn gives the second one's odds alone
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        linear = Linear(features.shape[1], experts)
         with torch.no_grad():
             linear.layer.weight.copy_(weight)
             linear.layer.bias.copy_(bias)
@@ -168,4 +160,5 @@ def empty(kind: str, width: int, experts: int, hidden: int | None = None) -> nn.
         return Prototype(width, experts)
     if kind == "linear":
         return Linear(width, experts)
-    return RouterMLP(width, hidden or width, experts)
+    with torch.random.fork_rng(devices=[]):  # what it starts from is overwritten
+        return RouterMLP(width, hidden or width, experts)

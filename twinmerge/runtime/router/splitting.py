@@ -56,16 +56,19 @@ def divide(
     for expert in truth.unique().tolist():
         rows = (truth == expert).nonzero()[:, 0]
         sizes = Counter(groups[rows].tolist())
-        count = {2: max(1, round(held_out * len(rows))), 1: max(1, round(calibration * len(rows)))}
-        for group in list(sizes):
+        wanted = {2: max(1, round(held_out * len(rows))), 1: max(1, round(calibration * len(rows)))}
+        lacks = {**wanted, 0: 0}
+        for group in sizes:
             if group in place:  # of an expert before
-                count[place[group]] = count.get(place[group], 0) - sizes[group]
+                lacks[place[group]] -= sizes[group]
         free = [group for group in sizes if group not in place]
         order = torch.randperm(len(free), generator=draw).tolist()
+        small = sorted(sizes[group] for group in free)[:2]  # one for each part at least
         for group in (free[i] for i in order):
-            part = next((p for p in (2, 1) if count[p] > 0), 0)
-            place[group] = part
-            count[part] = count.get(part, 0) - sizes[group]
+            # Very many copies of one row train: in another part they would be all that counts.
+            fits = [p for p in wanted if lacks[p] > 0 and sizes[group] <= max(lacks[p], *small)]
+            place[group] = max(fits, key=lambda p: lacks[p] / wanted[p], default=0)
+            lacks[place[group]] -= sizes[group]
     part = torch.tensor([place[group] for group in groups.tolist()])
     for index, expert in enumerate(experts):
         if not bool((part[truth == index] == 0).any()):

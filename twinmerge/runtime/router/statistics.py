@@ -35,23 +35,28 @@ def statistics(
     features: Float[Tensor, "row width"], truth: Int[Tensor, " row"], experts: int
 ) -> Statistics:
     """Raises `InputError` for features that are not finite, or the same in all rows."""
+    check(features)
     x = features.double()
-    if not bool(x.isfinite().all()):
-        raise InputError(
-            "router features: NaN or infinity in the shared expert's hidden states. Load the model "
-            "in float32, or read an earlier layer (layer=)."
-        )
-    if len(x) > 1 and not bool((x.var(dim=0) > 0).any()):
-        raise InputError(
-            "router features: all rows give the same features, so nothing can be told apart. Are "
-            "the texts empty, or is this layer's output constant? Read another layer (layer=)."
-        )
     means = torch.stack([x[truth == t].mean(dim=0) for t in range(experts)])
     mean, counts = x.mean(dim=0), torch.bincount(truth, minlength=experts)
     total, around = shrunk(x - mean), x - means[truth]
     if not bool((around != 0).any()):  # a row each: nothing varies around them
         return Statistics(means, mean, total, total, counts)
     return Statistics(means, mean, shrunk(around), total, counts)
+
+
+def check(features: Float[Tensor, "row width"]) -> None:
+    """Raises `InputError` for features that are not finite, or the same in all rows."""
+    if not bool(features.isfinite().all()):
+        raise InputError(
+            "router features: NaN or infinity in the shared expert's hidden states. Load the model "
+            "in float32, or read an earlier layer (layer=)."
+        )
+    if len(features) > 1 and bool((features == features[0]).all()):
+        raise InputError(
+            "router features: all rows give the same features, so nothing can be told apart. Are "
+            "the texts empty, or is this layer's output constant? Read another layer (layer=)."
+        )
 
 
 def shrunk(centred: Float[Tensor, "row width"]) -> Float[Tensor, "width width"]:
