@@ -255,9 +255,11 @@ def configurations(quick: bool) -> list[tuple[str, dict[str, Any]]]:
                 found.append((f"{kind}, auto", {"kind": kind, "layer": "auto", **more}))
                 if seed or quick:
                     continue
-                for layer in (*layers, [0, 2, 4]):
+                for layer in ([3, 6, [0, 2, 4]] if kind == "mlp" else [*layers, [0, 2, 4]]):
                     name = f"{kind}, {said(layer)}"
                     found.append((name, {"kind": kind, "layer": layer, **more}))
+                if kind == "mlp":
+                    continue  # minutes each
                 for pooling in ("first", "last"):
                     name = f"{kind}, layers 0, 2, 4, {pooling} token"
                     given = {"kind": kind, "layer": [0, 2, 4], "pooling": pooling, **more}
@@ -288,7 +290,7 @@ def grid(bench: Bench, results: Results, quick: bool) -> None:
             "held_out_accuracy": record.held_out_accuracy,
             "bytes": sum(tensor.nbytes for tensor in router.tensors().values()),
             "left_out": None if record.novelty is None else record.novelty.noticed,
-            "novelty_layer": None if record.novelty is None else record.novelty.layer,
+            "novelty_layers": None if record.novelty is None else record.novelty.layers,
         }
         results.add("grid", row)
         note(f"{name}, {key['rows']} rows, seed {key['seed']}: {row['accuracy']:.3f}")

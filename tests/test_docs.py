@@ -418,10 +418,10 @@ def test_the_format_describes_every_tensor_of_every_kind_of_router_and_no_other(
     described = tensors[kind]
     if kind == "mlp":
         described = [key for row in table(text, "tensor") for key in quoted(row[0])]
-    router = RunningRouter(empty(kind, 6, 2, 4), novelty=Novelty(6, 2, 0, 1.0))
+    router = RunningRouter(empty(kind, 6, 2, 4), novelty=Novelty({0: 6}, 2, 1.0))
     of_novelty = sorted(name for name in router.tensors() if name.startswith("novelty."))
     assert sorted(described) == sorted(set(router.tensors()) - set(of_novelty))
-    assert sorted(set(re.findall(r"`(novelty\.\w+)`", text))) == of_novelty
+    assert sorted(set(re.findall(r"`(novelty\.[\w.]+)`", text.replace(".k.", ".0.")))) == of_novelty
 
 
 def tree(text: str) -> dict[str, set[str]]:

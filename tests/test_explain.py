@@ -440,7 +440,7 @@ KEYS = {
     | dict.fromkeys(("held_out_accuracy", "held_out_rows")),
     "routing": dict.fromkeys(("weights", "probabilities", "confidence", "likeliest", "new"))
     | {
-        "novelty": dict.fromkeys(("score", "threshold", "layer", "coverage")),
+        "novelty": dict.fromkeys(("score", "threshold", "layers", "coverage")),
         "outcome": None,
         "held_out": None,
     },

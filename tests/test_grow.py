@@ -306,7 +306,9 @@ def test_removing_an_expert_keeps_the_odds_among_the_others(kind, routers, tmp_p
     assert fitted.experts == ("math", "law") and set(fitted.rows) == {"math", "law"}
     assert fitted.held_out_accuracy is None and not fitted.confusion and not fitted.tried
     if before.router.novelty is not None:
-        assert torch.equal(after.router.novelty.means, before.router.novelty.means[[0, 2]])
+        for layer in before.router.novelty.layers:
+            means = [each.router.novelty.at(layer).means for each in (after, before)]
+            assert torch.equal(means[0], means[1][[0, 2]])
 
 
 @pytest.mark.parametrize("kind", ["none", "prototype", "mlp"])
@@ -354,7 +356,8 @@ def test_prototypes_take_a_new_expert_by_its_rows_alone(kind, routers, world, tm
     assert any("'law' was added after the fit" in each for each in fitted.warnings)
     assert set(Artifact(folder).examples()) == {"math", "code", "law"}
     if kind == "prototype":
-        assert len(after.router.novelty.means) == 3
+        novelty = after.router.novelty
+        assert {len(novelty.at(layer).means) for layer in novelty.layers} == {3}
         assert after.router.novelty.threshold == before.router.novelty.threshold
 
 

@@ -69,8 +69,9 @@ def test_no_temperature_nearby_is_likelier_and_the_scale_of_logits_comes_out_in_
     found = fit_temperature(logits.float(), truth)
 
     def loss(temperature: float) -> float:
-        aim = torch.full_like(logits, 1 / (rows + experts))
-        aim[torch.arange(rows), truth] = (rows + 1) / (rows + experts)
+        wrong = 1 / (rows + 2)
+        aim = torch.full_like(logits, wrong / (experts - 1))
+        aim[torch.arange(rows), truth] = 1 - wrong
         return float(-(aim * (logits / temperature).log_softmax(dim=1)).sum(dim=1).mean())
 
     nearby = [found * factor for factor in (0.5, 0.9, 1.1, 2)]
@@ -200,8 +201,10 @@ def test_packing_a_symmetric_matrix_loses_no_bit(seed, n):
 def test_a_stored_router_gives_the_same_bits_as_the_fitted_one():
     x, truth = clusters(9, 3, 12)
     scorer = Prototype.fitted(x, truth, 3)
-    router = Router(scorer, (1,), kind="prototype", novelty=Novelty.of(statistics(x, truth, 3), 1))
-    other = Router(Prototype(12, 3), (1,), kind="prototype", novelty=Novelty(12, 3, 1, 0.0))
+    router = Router(
+        scorer, (1,), kind="prototype", novelty=Novelty.of({1: statistics(x, truth, 3)})
+    )
+    other = Router(Prototype(12, 3), (1,), kind="prototype", novelty=Novelty({1: 12}, 3, 0.0))
     tensors = router.tensors()
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     other.load_tensors(tensors)
@@ -300,7 +303,7 @@ def test_a_projection_compares_shares_with_what_made_up_inputs_give():
 # ----------------------------------------------------------------------------------- novelty
 
 
-def test_the_score_is_the_relative_mahalanobis_distance():
+def test_the_distances_are_the_relative_and_the_plain_mahalanobis_distance():
     x, truth = clusters(30, 3, 6)
     found = statistics(x, truth, 3)
     new = (randn(10, 6, seed=9) * 3).double()
@@ -308,16 +311,35 @@ def test_the_score_is_the_relative_mahalanobis_distance():
     want = []
     for row in new:
         nearest = min(float((row - m) @ near @ (row - m)) for m in found.means)
-        want.append(nearest - float((row - found.mean) @ far @ (row - found.mean)))
-    got = Novelty.of(found, 0)(new.float()).double()
+        want.append([nearest - float((row - found.mean) @ far @ (row - found.mean)), nearest])
+    got = Novelty.of({0: found}).distances_of({0: new.float()})[:, 0].double()
     torch.testing.assert_close(got, torch.tensor(want).double(), rtol=1e-3, atol=1e-2)
 
 
+def test_the_score_is_the_mean_of_scaled_distances_and_what_is_far_from_all_is_above_any():
+    x, truth = clusters(60, 3, 6)
+    features = {0: x, 2: x.square()}
+    novelty = Novelty.of({layer: statistics(f, truth, 3) for layer, f in features.items()})
+    distances = novelty.distances_of(features)
+    novelty.set(distances, 0.9)
+    scaled = (distances - distances.mean(0)) / distances.std(0)
+    relative, plain = scaled.mean(dim=1).T
+    offset = plain.max() - novelty.threshold
+    want = torch.maximum(relative, plain - offset)
+    torch.testing.assert_close(novelty(features), want, rtol=1e-3, atol=1e-3)
+    assert novelty.threshold == pytest.approx(
+        float(relative.quantile(0.9, interpolation="higher")), rel=1e-4
+    )
+    assert int((relative > novelty.threshold).sum()) <= 18  # a tenth of 180
+    far = {layer: f[:3] + 1e3 for layer, f in features.items()}
+    assert bool(novelty.is_new(novelty(far)).all())
+
+
 def test_a_row_is_new_above_the_threshold_only():
-    novelty = Novelty(3, 2, 0, threshold=1.5)
+    novelty = Novelty({0: 3}, 2, threshold=1.5)
     assert novelty.is_new(torch.tensor([1.4, 1.5, 1.6])).tolist() == [False, False, True]
     x, truth = clusters(5, 2, 3)
-    assert not Novelty.of(statistics(x, truth, 2), 0).is_new(torch.tensor([1e30])).any()
+    assert not Novelty.of({0: statistics(x, truth, 2)}).is_new(torch.tensor([1e30])).any()
 
 
 def test_an_expert_far_from_the_others_is_noticed_when_left_out_and_a_twin_is_not():
@@ -325,14 +347,15 @@ def test_an_expert_far_from_the_others_is_noticed_when_left_out_and_a_twin_is_no
     x[truth == 3, 0] += 200 * randn(5, seed=4)[0].sign()
     x[truth == 2] = x[truth == 1] + 0.01 * randn(60, 5, seed=5)
     even = torch.arange(len(x)) % 2 == 0
-    shares = noticed_when_left_out(x[even], truth[even], x[~even], truth[~even], 4, 0.95)
+    held = {0: x[~even]}, truth[~even]
+    shares = noticed_when_left_out({0: x[even]}, truth[even], *held, 4, 0.95)
     assert shares[3] == 1.0 and shares[2] < 0.2 and shares[1] < 0.2
 
 
 def test_an_expert_without_held_out_rows_is_not_said_to_be_noticed():
     x, truth = clusters(10, 3, 4)
     held = truth != 1
-    assert noticed_when_left_out(x, truth, x[held], truth[held], 3, 0.9)[1] == 0.0
+    assert noticed_when_left_out({0: x}, truth, {0: x[held]}, truth[held], 3, 0.9)[1] == 0.0
 
 
 # --------------------------------------------------------------------------------- splitting
@@ -449,7 +472,7 @@ def test_a_large_group_of_copies_trains_and_does_not_fill_what_is_held_out(seed)
 
 def made_up(kind: str, layers: tuple[int, ...], losses: list[float]) -> Fitted:
     loss = torch.tensor(losses, dtype=torch.float64)
-    return Fitted(kind, layers, Fixed(2), 1.0, torch.zeros(len(loss), 2), loss, 0.9, 0.0, None)
+    return Fitted(kind, layers, Fixed(2), 1.0, torch.zeros(len(loss), 2), loss, 0.9, None)
 
 
 def spread(mean: float, gap: float) -> list[float]:

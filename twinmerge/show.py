@@ -214,17 +214,18 @@ def _interval(rows: int, rate: float) -> str:
 
 
 def router_text(result: dict[str, Any]) -> None:
+    from .artifact.format import layers_said
+
     if result["tried"]:
         _table(
             "",
-            ["router", "layers", "right", "loss", "seconds", ""],
+            ["router", "layers", "right", "loss", ""],
             [
                 [
                     each["kind"],
                     ", ".join(map(str, each["layers"])),
                     f"{each['accuracy']:.1%}",
                     _number(each["loss"], ".3f"),
-                    _number(each["seconds"], ".2f"),
                     "chosen" if _same(each, result) else "",
                 ]
                 for each in result["tried"]
@@ -251,9 +252,8 @@ def router_text(result: dict[str, Any]) -> None:
         )
     novelty = result["novelty"]
     if novelty is not None:
-        line = (
-            f"new inputs: told by layer {novelty['layer']}, at {novelty['coverage']:.0%} coverage"
-        )
+        told = layers_said(novelty["layers"])
+        line = f"new inputs: told by {told}, at {novelty['coverage']:.0%} coverage"
         if novelty["noticed"]:
             shares = [f"{name} {share:.0%}" for name, share in novelty["noticed"].items()]
             line += f"; noticed of an expert's rows if it were unknown: {', '.join(shares)}"

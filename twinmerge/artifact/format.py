@@ -116,14 +116,12 @@ class Tried(_Record):
     """Share of the held-out rows that go to their own expert."""
     loss: float | None = None
     """Mean -log of the probability of the own expert, calibrated. None where not measured."""
-    seconds: float | None = None
-    """To fit; None where not measured."""
 
 
 class NoveltyRecord(_Record):
     """How inputs that are unlike all experts' data are told."""
 
-    layer: int
+    layers: tuple[int, ...]
     """Whose features are looked at."""
     coverage: float
     """Share of calibration rows that stay below the threshold."""
@@ -157,7 +155,7 @@ class RouterRecord(_Record):
     rows: dict[str, int]
     """Rows per expert that the router was fitted on."""
     refitted: bool = False
-    """Whether what is stored has also learnt from the rows that chose and calibrated it."""
+    """Whether what is stored has also learnt from the held-out rows, which chose it."""
     calibration_rows: int = 0
     held_out_rows: int
     held_out_accuracy: float | None

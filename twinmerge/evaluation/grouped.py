@@ -112,12 +112,12 @@ def compare_grouped(
     found = [Way(None, None, seconds, score.both(exact, rest, misled, seconds["total"]), None)]
 
     started = time.perf_counter()
-    weights = route_rows(model, rows.encoded, batch_size)
+    weights, expert = route_rows(model, rows.encoded, batch_size)
     route = time.perf_counter() - started
     dense = DenseMerge(model)
     for groups, by in ways:
         started = time.perf_counter()
-        grouped = group_weights(weights, groups, seed, by)
+        grouped = group_weights(weights, groups, seed, by, expert)
         seconds = {"route": route, "group": time.perf_counter() - started}
         run = run_groups(dense, rows.encoded, grouped, batch_size=batch_size)
         seconds["total"] = route + time.perf_counter() - started
@@ -200,9 +200,9 @@ class _Scorer:
             guesses_of(answers.logits[i][None], names)[0] if answers.expert[i] == own else None
             for i in mine
         ]
-        answers = filled(guesses, regression=names is None)
+        scored = filled(guesses, regression=names is None)
         return TaskScore(
-            score=metric(task.task.metric)(task.truth, answers),
+            score=metric(task.task.metric)(task.truth, scored),
             metric=task.task.metric,
             rows=len(mine),
             routing_accuracy=sum(right[i] for i in mine) / len(mine),

@@ -55,6 +55,22 @@ def _kind(value: Any) -> Any:
     raise ValueError(f"expected {either((*ROUTERS, 'auto'))}, got {value!r}.")
 
 
+def _temperature(value: Any) -> Any:
+    if value == "auto" or (_is_number(value) and 0 < value < math.inf):
+        return value
+    raise ValueError(f"expected auto or a number above 0, got {value!r}.")
+
+
+def _sharpness(value: Any) -> Any:
+    if value in ("auto", "top") or (_is_number(value) and 1 <= value < math.inf):
+        return value
+    raise ValueError(f"expected auto, top or a number of at least 1, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _layer(value: Any) -> Any:
     """Accept auto, a layer's number, or several numbers."""
     numbers = value if isinstance(value, list | tuple) and value else [value]
@@ -257,12 +273,12 @@ class Router(Section):
     """Share of the rows that choose between routers and are neither trained nor calibrated on."""
 
     refit: bool = True
-    """Whether the chosen router learns from all rows in the end."""
+    """Whether the chosen router learns from the held-out rows, too, in the end."""
 
-    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    temperature: Annotated[float | Literal["auto"], BeforeValidator(_temperature)] = "auto"
     """Probabilities are softmax(logits / temperature); auto: fitted on the calibration rows."""
 
-    sharpness: Annotated[float, Field(ge=1)] | Literal["auto", "top"] = "auto"
+    sharpness: Annotated[float | Literal["auto", "top"], BeforeValidator(_sharpness)] = "auto"
     """Power that makes weights of probabilities; top: all weight on the best; auto: what brings
     held-out rows nearest to their own expert's answers."""
 
@@ -288,6 +304,21 @@ class Router(Section):
     """Of a linear router's ridge, in units of rows."""
 
     seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_mlp(cls, data: Any) -> Any:
+        """Without a kind, what only an mlp has says that one is meant.
+
+        Recipes were written so before there were other kinds.
+        """
+        if not isinstance(data, dict) or data.get("kind") is not None:
+            return data
+        own = ("hidden", "epochs", "learning_rate", "batch_size", "dropout")
+        given = {name: data[name] for name in own if data.get(name) is not None}
+        if any(value != cls.model_fields[name].default for name, value in given.items()):
+            return {**data, "kind": "mlp"}
+        return data
 
     @model_validator(mode="after")
     def _parts(self) -> "Router":

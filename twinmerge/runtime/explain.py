@@ -81,7 +81,7 @@ class Unlikeness:
     score: float
     threshold: float
     """New above it."""
-    layer: int
+    layers: list[int]
     coverage: float | None
     """Share of the experts' own rows below the threshold, when it was set."""
 
@@ -349,7 +349,7 @@ def _routing(twin: TwinModel, said: Routed) -> Routing:
     novelty = None
     if look is not None:
         coverage = None if record is None or record.novelty is None else record.novelty.coverage
-        novelty = Unlikeness(float(said.novelty[0]), look.threshold, look.layer, coverage)
+        novelty = Unlikeness(float(said.novelty[0]), look.threshold, list(look.layers), coverage)
     if new:
         head = f", with the head of {likeliest}" if twin.has_heads else ""
         outcome = f"new: all weights are zero and the shared expert answers{head}"

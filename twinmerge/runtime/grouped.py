@@ -82,7 +82,11 @@ class GroupedRun:
 
 
 def group_weights(
-    weights: Float[Tensor, "row expert"], groups: int = GROUPS, seed: int = 0, by: By = "weights"
+    weights: Float[Tensor, "row expert"],
+    groups: int = GROUPS,
+    seed: int = 0,
+    by: By = "weights",
+    expert: Int[Tensor, " row"] | None = None,
 ) -> Grouped:
     """Group rows of like weights, and average the weights of each group.
 
@@ -90,9 +94,11 @@ def group_weights(
             no more different rows than this, equal rows are a group and nothing is lost
     by:     what KMeans sees: the weights, or their logarithms (the router's logits up to a constant
             of each row), which tell apart what the weights of near-certain rows do not
+    expert: whose head answers each row; default the highest weight's
 
-    Groups do not depend on the order of the rows. Raises `InputError` for fewer than one group, no
-    rows or weights that are not finite.
+    Rows without weights (the shared expert) are a bin of their own. Groups do not depend on the
+    order of the rows. Raises `InputError` for fewer than one group, no rows or weights that are not
+    finite.
     """
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
         raise InputError(f"groups={groups!r}: expected a whole number from 1 on.")
@@ -105,12 +111,14 @@ def group_weights(
     if not bool(torch.isfinite(weights).all()):
         raise InputError("weights: expected finite numbers, got NaN or infinity.")
     own = weights.detach().cpu().double().numpy()
-    bins = highest(weights).cpu().numpy()
+    heads = highest(weights) if expert is None else expert
+    alone = (weights == 0).all(dim=1).cpu().numpy()
+    bins = np.where(alone, weights.shape[1], highest(weights).cpu().numpy())
     mean = np.empty_like(own)
     group = np.empty(len(own), dtype=np.int64)
     count = 0
-    for expert in np.unique(bins):
-        rows = np.flatnonzero(bins == expert)
+    for each in np.unique(bins):
+        rows = np.flatnonzero(bins == each)
         # Different rows in sorted order, with how often they occur: the same whatever the order.
         distinct, place, times = np.unique(
             own[rows], axis=0, return_inverse=True, return_counts=True
@@ -129,7 +137,7 @@ def group_weights(
     error = np.linalg.norm(own - mean, axis=1)
     return Grouped(
         torch.from_numpy(mean).to(weights),
-        torch.from_numpy(bins).to(weights.device),
+        heads.to(weights.device),
         torch.from_numpy(group).to(weights.device),
         torch.from_numpy(error).to(weights),
     )
@@ -156,13 +164,15 @@ def _labels(points: np.ndarray, times: np.ndarray, groups: int, seed: int) -> np
 @torch.no_grad()
 def route_rows(
     model: TwinModel, rows: Encoded, batch_size: int = 32
-) -> Float[Tensor, "row expert"]:
-    """Routing weights of every row, in the rows' order."""
+) -> tuple[Float[Tensor, "row expert"], Int[Tensor, " row"]]:
+    """Routing weights of every row, in the rows' order, and whose head each comes nearest to."""
     weights = torch.empty(len(rows), len(model.experts), device=model.device)
+    expert = torch.empty(len(rows), dtype=torch.long, device=model.device)
     for places, batch in batches(model.tokenizer, rows, batch_size):
         inputs: dict[str, Any] = _moved(batch, model)
-        weights[places] = model.route(**inputs)
-    return weights
+        said = model.routing(**inputs)
+        weights[places], expert[places] = said.weights, said.probabilities.argmax(dim=-1)
+    return weights, expert
 
 
 def run_grouped(
@@ -184,9 +194,9 @@ def run_grouped(
     Raises `InputError` for no rows or an unknown head, `RouterError` without a router.
     """
     started = time.perf_counter()
-    weights = route_rows(model, rows, batch_size)
+    weights, expert = route_rows(model, rows, batch_size)
     routed = time.perf_counter()
-    grouped = group_weights(weights, groups, seed, by)
+    grouped = group_weights(weights, groups, seed, by, expert)
     seconds = {"route": routed - started, "group": time.perf_counter() - routed}
     run = run_groups(DenseMerge(model), rows, grouped, head=head, batch_size=batch_size)
     return replace(run, seconds=seconds | run.seconds)

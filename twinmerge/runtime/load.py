@@ -172,7 +172,8 @@ def load_router(artifact: Artifact) -> Router:
     experts = len(fitted.experts)
     if fitted.novelty is not None:
         width = fitted.width // max(len(fitted.layers), 1)
-        novelty = Novelty(width, experts, fitted.novelty.layer, fitted.novelty.threshold)
+        widths = dict.fromkeys(fitted.novelty.layers, width)
+        novelty = Novelty(widths, experts, fitted.novelty.threshold)
     router = Router(
         empty(fitted.kind, fitted.width, experts, fitted.hidden),
         fitted.layers,

@@ -429,7 +429,7 @@ def _router(found: Found) -> Section:
         "bytes": f"{record['bytes']:,}",
     }
     if (novelty := record["novelty"]) is not None:
-        facts["new inputs told by"] = f"layer {novelty['layer']}"
+        facts["new inputs told by"] = layers_said(novelty["layers"])
         facts["coverage asked for"] = _percent(novelty["coverage"])
     text = [f"{record['said'][:1].upper()}{record['said'][1:]}."]
     if record["reason"]:
@@ -444,11 +444,10 @@ def _router(found: Found) -> Section:
                 Cell(each["pooling"]),
                 Cell(_percent(each["accuracy"]), each["accuracy"]),
                 _number(each["loss"]),
-                _number(each["seconds"], ".2f"),
             ]
             for each in record["tried"]
         ]
-        columns = ["kind", "layers", "pooling", "right", "loss", "seconds"]
+        columns = ["kind", "layers", "pooling", "right", "loss"]
         tables.append(Table("Routers that were tried, on rows held out", columns, rows))
     return Section("router", "The router", text, tables)
 

@@ -29,8 +29,9 @@ def fit_temperature(logits: Float[Tensor, "row expert"], truth: Int[Tensor, " ro
     if rows == 0 or experts == 1:
         return 1.0
     logits = logits.double()
-    aim = torch.full_like(logits, 1 / (rows + experts))
-    aim[torch.arange(rows), truth] = (rows + 1) / (rows + experts)
+    wrong = 1 / (rows + 2)  # all experts but the own one together
+    aim = torch.full_like(logits, wrong / (experts - 1))
+    aim[torch.arange(rows), truth] = 1 - wrong
 
     def loss(log_temperature: float) -> float:
         return float(F.cross_entropy(logits / torch.tensor(log_temperature).double().exp(), aim))

@@ -8,7 +8,6 @@ kind, then fewer features.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +46,6 @@ class Fitted:
     logits: Float[Tensor, "held expert"]
     losses: Float[Tensor, " held"]
     accuracy: float
-    seconds: float
     epoch: int | None
 
     @property
@@ -61,7 +59,6 @@ class Fitted:
             layers=self.layers,
             accuracy=self.accuracy,
             loss=float(self.losses.mean()),
-            seconds=self.seconds,
         )
 
 
@@ -138,7 +135,7 @@ def _fitted(
     experts: int,
     settings: Settings,
 ) -> Fitted:
-    x, started = joined(features, layers), time.perf_counter()
+    x = joined(features, layers)
     scorer, epoch = train(kind, x, truth, parts.train, experts, settings, check=parts.calibration)
     with torch.no_grad():
         calibration, logits = scorer(x[parts.calibration]), scorer(x[parts.held_out])
@@ -150,8 +147,7 @@ def _fitted(
     held = truth[parts.held_out]
     losses = F.cross_entropy(logits.double() / temperature, held, reduction="none")
     accuracy = float((logits.argmax(dim=1) == held).double().mean())
-    seconds = time.perf_counter() - started
-    return Fitted(kind, layers, scorer, temperature, logits, losses, accuracy, seconds, epoch)
+    return Fitted(kind, layers, scorer, temperature, logits, losses, accuracy, epoch)
 
 
 def train(
@@ -161,7 +157,6 @@ def train(
     rows: Int[Tensor, " train"],
     experts: int,
     settings: Settings,
-    *,
     check: Int[Tensor, " check"] | None = None,
     epochs: int | None = None,
 ) -> tuple[nn.Module, int | None]:

@@ -1,9 +1,9 @@
 """Fitting the router of an artifact, from nothing, a few lines, or rows of the user's own.
 
 Rows are divided in parts that train, calibrate and choose (`splitting`); routers are compared on
-the last (`choosing`). What is stored then learns from all rows, and keeps the temperature and the
-threshold that were set on rows it had not seen. Unlike the authors' code, which keeps the epoch
-that does best on the test rows, nothing but these rows is ever looked at.
+the last (`choosing`). What is stored then learns from all rows but those that calibrate it. Unlike
+the authors' code, which keeps the epoch that does best on the test rows, nothing but these rows is
+ever looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,11 +29,10 @@ from .calibration import Sharpness, calibration_error, fit_temperature, sharpene
 from .choosing import Fitted, compare, layer_sets, train
 from .encoder import TextEncoder
 from .features import Features
-from .novelty import Novelty, noticed_when_left_out
+from .novelty import Novelty, learnt, noticed_when_left_out
 from .router import Router, joined
 from .scorers import NOTHING, Fixed, Projection
 from .splitting import Parts, alike, divide
-from .statistics import statistics
 from .store import alone, store_router, stored
 
 __all__ = ["fit_router", "store_router"]
@@ -48,7 +47,9 @@ SHARPNESS: tuple[Sharpness, ...] = (1.0, 2.0, 4.0, "top")
 SHARPENED_ROWS = 96
 """Held-out rows on which `sharpness: auto` compares answers, all experts together."""
 SMALL = 1024
-"""Widths up to which several layers are compared for telling new inputs."""
+"""Widths up to which several layers are looked at to tell new inputs."""
+LEFT_OUT = 64
+"""Times that lines are left out to see whether they would reach their own expert."""
 CONFUSED = 0.1
 """Share of an expert's held-out rows that go to one other from which both are named."""
 
@@ -194,8 +195,10 @@ class RouterFit:
     def _learnt(self, rows: _Rows) -> tuple[Router, RouterRecord]:
         self._check_enough(rows)
         sets = self._sets()
-        wanted = tuple(sorted({layer for layers in sets for layer in layers}))
-        features = self._features(rows, wanted)
+        wanted = {layer for layers in sets for layer in layers}
+        if self.settings.encoder is None and self.settings.coverage < 1:
+            wanted |= {0}  # on the way of any, and there new words are noticed
+        features = self._features(rows, tuple(sorted(wanted)))
         parts = self._divided(rows)
         step = lambda done, total: self.say("comparing routers", done, total)  # noqa: E731
         tried, fitted, reason = compare(
@@ -219,20 +222,20 @@ class RouterFit:
         scaled = fitted.logits / fitted.temperature
         router.sharpness = self._sharpness(rows, parts.held_out, scaled)
         if self.settings.refit:
-            router = self._refitted(router, fitted, features, rows.truth)
-            counted = torch.arange(len(rows.truth))
+            router = self._refitted(router, fitted, features, rows.truth, parts)
+            counted = torch.cat([parts.train, parts.held_out])
             record = record.model_copy(update={"refitted": True, "rows": self._per(rows, counted)})
         novelty = None
         if router.novelty is not None:
             novelty = NoveltyRecord(
-                layer=router.novelty.layer,
+                layers=router.novelty.layers,
                 coverage=self.settings.coverage,
                 threshold=router.novelty.threshold,
                 noticed=noticed,
             )
         warnings = self._odd(rows, record)
         return router, record.model_copy(
-            update={"sharpness": router.sharpness, "novelty": novelty, "warnings": warnings}
+            update=router.as_recorded() | {"novelty": novelty, "warnings": warnings}
         )
 
     # ------------------------------------------------------------------ pieces of them
@@ -375,52 +378,64 @@ class RouterFit:
         """Logits of every line by prototypes of the others; None if an expert has only one."""
         if int(torch.bincount(truth, minlength=self.count).min()) < 2:
             return None
-        logits = []
-        for row in range(len(truth)):
-            rest = torch.arange(len(truth)) != row
-            scorer, _ = train("prompts", x, truth, rest.nonzero()[:, 0], self.count, self.settings)
-            logits.append(scorer(x[row : row + 1]))
-        return torch.cat(logits)
+        logits = torch.empty(len(truth), self.count)
+        apart = torch.arange(len(truth)) % LEFT_OUT if len(truth) > LEFT_OUT else None
+        for number in range(min(len(truth), LEFT_OUT)):
+            left = torch.arange(len(truth)) == number if apart is None else apart == number
+            rest = (~left).nonzero()[:, 0]
+            scorer, _ = train("prompts", x, truth, rest, self.count, self.settings)
+            logits[left] = scorer(x[left])
+        return logits
 
     def _novelty(
         self, features: Features, truth: Tensor, parts: Parts, layers: tuple[int, ...]
     ) -> tuple[Novelty | None, dict[str, float]]:
-        """What notices new inputs, on the layer where experts that are left out are noticed."""
-        coverage = self.settings.coverage
+        """What notices new inputs, and what it notices of experts that it does not know."""
         # Of one expert alone the relative distance is zero for every row.
-        if coverage >= 1 or self.count == 1:
+        if self.settings.coverage >= 1 or self.count == 1:
             return None, {}
-        last, width = max(layers), features[layers[0]].shape[1]
-        usable = [layer for layer in features if layer <= last] if width <= SMALL else [last]
-        train, check = parts.train, parts.calibration
-        found: dict[int, list[float]] = {layer: [] for layer in usable}
-        for done, layer in enumerate(usable if self.count > 2 else ()):
-            self.say("learning what is new", done, len(usable))
-            x = features[layer]
-            found[layer] = noticed_when_left_out(
-                x[train], truth[train], x[check], truth[check], self.count, coverage
-            )
-        self.say("learning what is new", len(usable), len(usable))
-        layer = max(usable, key=lambda each: (fmean(found[each] or [0.0]), -each))
-        x = features[layer]
-        novelty = Novelty.of(statistics(x[train], truth[train], self.count), layer)
-        scores = novelty(x[check]).double()
-        novelty.threshold = float(torch.quantile(scores, coverage, interpolation="higher"))
-        return novelty, dict(zip(self.experts, found[layer], strict=False))
+        usable = [max(layers)]
+        if features[usable[0]].shape[1] <= SMALL:
+            usable = sorted({0, *layers})
+        train, check = (
+            {layer: features[layer][rows] for layer in usable}
+            for rows in (parts.train, parts.calibration)
+        )
+        kept = [layer for layer, x in train.items() if not bool((x == x[0]).all())]
+        train, check = ({layer: found[layer] for layer in kept} for found in (train, check))
+        own, other, coverage = truth[parts.train], truth[parts.calibration], self.settings.coverage
+        self.say("learning what is new", 0, 1)
+        noticed: list[float] = []
+        if self.count > 2:
+            noticed = noticed_when_left_out(train, own, check, other, self.count, coverage)
+        novelty = learnt(train, own, check, self.count, coverage)
+        self.say("learning what is new", 1, 1)
+        return novelty, dict(zip(self.experts, noticed, strict=False))
 
     def _refitted(
-        self, router: Router, fitted: Fitted, features: Features, truth: Tensor
+        self, router: Router, fitted: Fitted, features: Features, truth: Tensor, parts: Parts
     ) -> Router:
-        """The same router, trained on all rows."""
-        x, every = joined(features, fitted.layers), torch.arange(len(truth))
+        """The same router, trained on all rows but those that calibrate it.
+
+        These stay apart: what was set on a router of fewer rows does not fit one of more. Where
+        features are as wide as there are rows, logits and distances shrink as rows are added.
+        """
+        x, rows = joined(features, fitted.layers), torch.cat([parts.train, parts.held_out])
         scorer, _ = train(
-            fitted.kind, x, truth, every, self.count, self.settings, epochs=fitted.epoch
+            fitted.kind, x, truth, rows, self.count, self.settings, epochs=fitted.epoch
         )
         again = self._router(scorer, router.layers, router.kind)
-        again.temperature, again.sharpness = router.temperature, router.sharpness
+        with torch.no_grad():
+            logits = scorer.eval()(x[parts.calibration])
+        found = fit_temperature(logits, truth[parts.calibration])
+        again.temperature = self._asked_temperature(found)
+        again.sharpness = router.sharpness
         if router.novelty is not None:
-            found = statistics(features[router.novelty.layer], truth, self.count)
-            again.novelty = Novelty.of(found, router.novelty.layer, router.novelty.threshold)
+            own, check = (
+                {layer: features[layer][chosen] for layer in router.novelty.layers}
+                for chosen in (rows, parts.calibration)
+            )
+            again.novelty = learnt(own, truth[rows], check, self.count, self.settings.coverage)
         return again
 
     def _asked_temperature(self, found: float) -> float:

@@ -41,8 +41,6 @@ BY_EXPERT: dict[str, tuple[str, ...]] = {
 }
 """Tensors of each kind of router that have a row for every expert."""
 
-NOVELTY_MEANS = "novelty.means"
-
 SAME = 1e-4
 """How near shares of made-up inputs must be to those recorded to count as unchanged."""
 
@@ -51,6 +49,11 @@ ENOUGH = 0.7
 
 Change = Callable[[str, Tensor], Tensor]
 """A tensor's name and its rows by expert -> the new rows."""
+
+
+def novelty_means(layer: int) -> str:
+    """The name of the means that tell new inputs on this layer."""
+    return f"novelty.{layer}.means"
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,9 @@ class _Prototypes:
             "counts": torch.tensor(float(len(chosen))),
         }
         if self.router.novelty is not None:
-            new[NOVELTY_MEANS] = mean(features[self.router.novelty.layer])
+            new |= {
+                novelty_means(layer): mean(features[layer]) for layer in self.router.novelty.layers
+            }
         return _with_rows(
             self.router,
             lambda name, rows: _inserted(rows, new[name], self.place),
@@ -390,9 +395,14 @@ def _with_rows(router: Router, change: Change, experts: int) -> Router:
     changed.load_state_dict(state)
     novelty, before = None, router.novelty
     if before is not None:
-        novelty = Novelty(before.means.shape[1], experts, before.layer, before.threshold)
-        means = change(NOVELTY_MEANS, before.means)
-        novelty.load_state_dict(before.state_dict() | {"means": means})
+        means = {layer: before.at(layer).means for layer in before.layers}
+        widths = {layer: found.shape[1] for layer, found in means.items()}
+        novelty = Novelty(widths, experts, before.threshold)
+        changed_means = {
+            f"distances.{layer}.means": change(novelty_means(layer), found)
+            for layer, found in means.items()
+        }
+        novelty.load_state_dict(before.state_dict() | changed_means)
     return Router(
         changed.eval(),
         router.layers,

@@ -77,8 +77,8 @@ class Router(nn.Module):
 
     @property
     def wanted(self) -> tuple[int, ...]:
-        """All layers that are read: the scorer's and that of the novelty."""
-        more = () if self.novelty is None else (self.novelty.layer,)
+        """All layers that are read: the scorer's and those of the novelty."""
+        more = () if self.novelty is None else self.novelty.layers
         return tuple(dict.fromkeys((*self.layers, *more)))
 
     @property
@@ -123,7 +123,7 @@ class Router(nn.Module):
         score = torch.zeros_like(weights[:, 0])
         new = torch.zeros_like(score, dtype=torch.bool)
         if self.novelty is not None:
-            score = self.novelty(features[self.novelty.layer].to(logits.device))
+            score = self.novelty(features)
             new = self.novelty.is_new(score)
             weights = weights.masked_fill(new[:, None], 0.0)
         return Routed(weights, probabilities, score, new)
@@ -157,7 +157,8 @@ class Router(nn.Module):
         """
         found = dict(self.scorer.state_dict())
         if self.novelty is not None:
-            found |= {f"novelty.{name}": t for name, t in self.novelty.state_dict().items()}
+            own = self.novelty.state_dict()
+            found |= {f"novelty.{_short(name)}": tensor for name, tensor in own.items()}
         found = {name: tensor.detach().cpu() for name, tensor in found.items()}
         return {
             name: (_triangle(tensor) if _symmetric(name) else tensor).contiguous()
@@ -170,8 +171,9 @@ class Router(nn.Module):
         of_novelty = {n: t for n, t in tensors.items() if n.startswith("novelty.")}
         self.scorer.load_state_dict({n: t for n, t in tensors.items() if n not in of_novelty})
         if self.novelty is not None:
+            names = self.novelty.state_dict()
             self.novelty.load_state_dict(
-                {n.removeprefix("novelty."): t for n, t in of_novelty.items()}
+                {name: of_novelty[f"novelty.{_short(name)}"] for name in names}
             )
 
     def logits(self, features: Features) -> Float[Tensor, "batch expert"]:
@@ -184,8 +186,13 @@ def joined(features: Features, layers: tuple[int, ...]) -> Float[Tensor, "batch 
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
+def _short(name: str) -> str:
+    """`0.means` of `distances.0.means`."""
+    return name.removeprefix("distances.")
+
+
 def _symmetric(name: str) -> bool:
-    return name in ("precision", "novelty.near", "novelty.far")
+    return name == "precision" or (name.startswith("novelty.") and name.endswith(("near", "far")))
 
 
 def _triangle(matrix: Float[Tensor, "n n"]) -> Float[Tensor, " packed"]:
