@@ -188,7 +188,9 @@ def test_options_of_fit_router_win_over_the_recipe(call, bench, tmp_path):
     entry = Artifact(folder).manifest.router
     assert done.code == 0 and [each.layers for each in entry.tried] == [(1,)]
     assert (entry.kind, entry.sharpness, entry.novelty.coverage) == ("mlp", "top", 0.9)
-    assert sum(entry.rows.values()) == 30 and entry.held_out_rows == 6
+    # Of 10 rows each, 2 calibrate; the router that is stored learns from the others.
+    assert entry.rows == dict.fromkeys(EXPERTS, 8) and entry.held_out_rows == 6
+    assert entry.calibration_rows == 6 and entry.refitted
     assert f"{entry.held_out_accuracy:.1%} of {entry.held_out_rows} held-out rows" in done.out
     low, high = binomial(entry.held_out_accuracy, entry.held_out_rows)
     assert f"(which tells {low:.1%} to {high:.1%})" in done.out

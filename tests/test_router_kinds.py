@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from test_conformance import assert_same_files
 from texts import BERT_TEXT, SIZES, save_tokenizer, sentences
 from tiny import BERT, EXPERTS, inherit, merge, perturb, save
 
@@ -171,17 +172,7 @@ def test_fitting_twice_gives_the_same_files(which, case, fitted, encoder, tmp_pa
     assert torch.equal(torch.get_rng_state(), before)  # nobody's random numbers are taken
     for folder in (found.folder, other):
         assert sorted(path.name for path in folder.iterdir() if path.name[0] == ".") == []
-    timeless = []
-    for folder in (shutil.copytree(found.folder, tmp_path / "first"), other):
-        data = json.loads((folder / MANIFEST).read_text())
-        for tried in data["router"]["tried"]:
-            tried["seconds"] = None  # a clock's
-        (folder / MANIFEST).write_text(json.dumps(data))
-        timeless.append(folder)
-    first, second = ({p.relative_to(f): p for p in f.rglob("*") if p.is_file()} for f in timeless)
-    assert first.keys() == second.keys()
-    for name, path in first.items():
-        assert path.read_bytes() == second[name].read_bytes(), name
+    assert_same_files(found.folder, other)
 
 
 @everywhere

@@ -107,7 +107,8 @@ class TextBench:
             for name in EXPERTS
         ]
         path = self.folder / "recipe.yaml"
-        router = {"sharpness": 1.0}  # so that rows have weights on all experts
+        # So that rows have weights on all experts, and none is new, whose weights would be zero.
+        router = {"sharpness": 1.0, "coverage": 1.0}
         recipe = {
             "base_model": "./base", "models": entries, "exclusive": {"rank": 4}, "router": router
         }  # fmt: skip
@@ -130,6 +131,16 @@ class TextBench:
         shutil.copytree(self.plain, self.folder / "routed")
         fit_router(self.folder / "routed", self.texts(30))
         return self.folder / "routed"
+
+    @cached_property
+    def watchful(self) -> Path:
+        """Like `routed`, but its router notices rows that are new: the weights of these are zero."""
+        from twinmerge.recipe import Router
+        from twinmerge.runtime.router.fit import fit_router
+
+        shutil.copytree(self.plain, self.folder / "watchful")
+        fit_router(self.folder / "watchful", self.texts(30), Router(sharpness=1.0))
+        return self.folder / "watchful"
 
     @cached_property
     def model(self) -> Any:

@@ -6,6 +6,7 @@ and 2 are read as what they amount to in version 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +202,7 @@ class RouterRecord(_Record):
         return data
 
 
-def layers_said(layers: tuple[int, ...]) -> str:
+def layers_said(layers: Sequence[int]) -> str:
     """`layer 3`, `layers 0, 2, 4`."""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
