@@ -22,6 +22,7 @@ import twinmerge
 from twinmerge import cli, show
 from twinmerge.artifact.reader import Artifact
 from twinmerge.data import read_rows
+from twinmerge.runtime.load import load
 
 
 @dataclass(frozen=True)
@@ -378,10 +379,7 @@ def test_top_k_and_threshold_restrict_the_weights_and_say_what_they_dropped(whic
 
 
 def test_a_row_whose_weights_are_all_dropped_runs_as_the_shared_expert(call, bench):
-    single = [text[0] for text in mixed(6) if len(text) == 1]
-    inputs = [bench.model.tokenizer(text, return_tensors="pt") for text in single]
-    known = [not bench.model.routing(**each).new for each in inputs]
-    text = single[known.index(True)]  # what is new has no weight to drop
+    text = next(text[0] for text in mixed(6) if len(text) == 1)
     words = ("run", bench.routed, "--threshold", 0.99999)
     (line,) = call(*words, stdin=text.encode()).lines
     assert line["weights"] == {} and line["weight"] == 0 and line["dropped"] == pytest.approx(1)
@@ -390,6 +388,20 @@ def test_a_row_whose_weights_are_all_dropped_runs_as_the_shared_expert(call, ben
     shared = bench.model(**inputs, weights=zeros, head=line["expert"])
     (want,) = bench.model.answers(shared)
     assert line["answer"] == (want.label or pytest.approx(want.score, abs=1e-3))
+
+
+def test_a_new_row_runs_as_the_shared_expert_with_the_likeliest_head(call, bench):
+    text, model = "nowhere nowhere nowhere nowhere", load(bench.watchful)
+    (own,) = bench.texts(2)["math"][1]  # one of the rows that the router is fitted on
+    known, new = call("run", bench.watchful, stdin=f"{own}\n{text}\n".encode()).lines
+    assert sum(known["weights"].values()) == pytest.approx(1, abs=2e-3) and "new" not in known
+    inputs = model.tokenizer(text, return_tensors="pt")
+    routed = model.routing(**inputs)
+    likeliest = EXPERTS[int(routed.probabilities.argmax())]
+    assert bool(routed.new) and new["new"] is True
+    assert new["weights"] == {} and new["weight"] == 0 and new["expert"] == likeliest
+    (want,) = model.answers(model(**inputs, weights=[0.0] * len(EXPERTS), head=likeliest))
+    assert new["answer"] == (want.label or pytest.approx(want.score, abs=1e-3))
 
 
 @pytest.mark.parametrize(

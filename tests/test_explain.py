@@ -19,6 +19,7 @@ from tiny import EVERY, EXPERTS, Family, merge
 from typer.testing import CliRunner
 
 import twinmerge
+from twinmerge.artifact.format import layers_said
 from twinmerge.artifact.reader import Artifact
 from twinmerge.cli import app
 from twinmerge.data import chat_of
@@ -65,14 +66,14 @@ def kept(bench, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(bench) -> Explanation:
-    return explain(bench.model, TEXT, examples=bench.texts(30))
+    return explain(load(bench.watchful), TEXT, examples=bench.texts(30))
 
 
 # ------------------------------------------------------------------------------------- answers
 
 
 def test_routed_weights_and_answer_are_those_of_a_call_of_the_model(bench, found):
-    model = bench.model
+    model = load(bench.watchful)
     output = model(**inputs_of(model, TEXT))
     routed = found.of("routed")
     same(routed, model.answers(output)[0])
@@ -160,7 +161,7 @@ def test_what_is_forced_stands_beside_what_is_routed_and_is_the_models_own_outpu
 
 
 def test_a_new_text_says_so_and_gets_the_shared_expert(bench):
-    model = load(bench.routed)
+    model = load(bench.watchful)
     model.router.novelty.threshold = -1e9
     found = explain(model, TEXT, base=False)
     assert found.routing.new and found.routing.novelty.score > found.routing.novelty.threshold
@@ -458,14 +459,14 @@ KEYS = {
 
 def test_json_has_the_documented_keys_and_no_others(bench):
     done = cli(
-        bench.routed, TEXT, "--json", "--task", "code", "--data", bench.data, "--max-tokens", 4
+        bench.watchful, TEXT, "--json", "--task", "code", "--data", bench.data, "--max-tokens", 4
     )
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
 
     def bare(found: Any) -> Any:  # experts' names and layers are no keys
         found["routing"] |= {"weights": None, "probabilities": None, "held_out": None}
-        found["router"]["layers"] = None
+        found["router"]["layers"] = found["routing"]["novelty"]["layers"] = None
         for each in found["answers"]:
             each["weights"] = each["shapes"] = None
         return found
@@ -476,8 +477,8 @@ def test_json_has_the_documented_keys_and_no_others(bench):
         assert isinstance(key, dict) or key is None or f"`{key}`" in page, key
 
 
-def test_the_terminal_shows_weights_answers_and_examples(bench):
-    done = cli(bench.routed, TEXT, "--data", bench.data, "--task", "code")
+def test_the_terminal_shows_weights_novelty_answers_and_examples(bench):
+    done = cli(bench.watchful, TEXT, "--data", bench.data, "--task", "code")
     assert done.exit_code == 0, done.output
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert lines[0].startswith(f"text {TEXT} (7 tokens)")
@@ -485,6 +486,10 @@ def test_the_terminal_shows_weights_answers_and_examples(bench):
     for start in ("routed", "math alone", "code alone", "shared expert", "base"):
         assert sum(line.startswith(f"{start} ") for line in lines) == 1, start
     assert "█" in done.stdout
+    (new,) = [line for line in lines if line.startswith("new ")]
+    told = layers_said(Artifact(bench.watchful).manifest.router.novelty.layers)
+    assert new.startswith("new no: score ")
+    assert new.endswith(f"({told}; 99% of the experts' own rows lie below)")
     assert any(line.startswith("of 90 routing examples") for line in lines)
 
 
@@ -590,7 +595,7 @@ def test_a_folder_that_is_no_artifact_is_told(tmp_path):
 
 
 def test_the_model_explains_itself(bench, found):
-    again = bench.model.explain(TEXT, examples=bench.texts(30)).to_dict()
+    again = load(bench.watchful).explain(TEXT, examples=bench.texts(30)).to_dict()
     assert again == found.to_dict()
 
 

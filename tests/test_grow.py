@@ -645,7 +645,8 @@ def test_the_commands_print_what_changed_and_run_works_afterwards(routers, world
         run("replace", folder, "law", world.experts["law"], tmp_path, "--json", "--quiet")
     )
     assert told["removed"]["name"] == told["added"]["name"] == "law"
-    answers = run("run", folder, "--quiet", input="law1 law2 law3\nmath1 math2 math3\n")
+    lines = [" ".join(sentences(name, 20)[0]) for name in ("law", "math")]
+    answers = run("run", folder, "--quiet", input="\n".join(lines))
     assert [json.loads(line)["expert"] for line in answers.splitlines()] == ["law", "math"]
     said = run("remove", folder, "law", "--quiet")
     assert "removed: law" in said and "experts: math, code" in said

@@ -24,6 +24,7 @@ from twinmerge.recipe import Router as Settings
 from twinmerge.runtime.load import load
 from twinmerge.runtime.router.fit import fit_router
 
+A_SHARPNESS = "expected auto, top or a number of at least 1"
 Texts = dict[str, list[tuple[str, ...]]]
 
 
@@ -157,6 +158,9 @@ def test_an_empty_text_gets_an_answer(bench, call):  # noqa: F811
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("DATA --sharpness 0.5", f"--sharpness: {A_SHARPNESS}, got 0.5.$"),
+        ("DATA --sharpness inf", f"--sharpness: {A_SHARPNESS}, got inf.$"),
+        ("DATA --sharpness low", f"--sharpness: {A_SHARPNESS}, got 'low'.$"),
         ("--kind none --weights math", "--weights math: expected names and numbers, `a=0.7,b=0.3`"),
         ("--kind none --weights math=x", "--weights math=x: expected names and numbers"),
         ("--kind none --weights math=1=2", "expected names and numbers"),
@@ -184,8 +188,6 @@ def test_an_empty_text_gets_an_answer(bench, call):  # noqa: F811
         ("DATA --coverage 1.5", "--coverage: Input should be less than or equal to 1, got 1.5"),
         ("DATA --coverage nan", "--coverage: Input should be a finite number"),
         ("DATA --pooling max", "--pooling: Input should be 'mean', 'first' or 'last', got 'max'"),
-        ("DATA --sharpness 0.5", "--sharpness: expected auto, top or a number of at least 1, got 0.5.$"),
-        ("DATA --sharpness inf", "--sharpness: expected auto, top or a number of at least 1, got inf.$"),
         ("DATA --rows 0", "--rows: Input should be greater than or equal to 1, got 0"),
         ("DATA --rows 3", "expected at least 5 rows to fit and check a router, got 3"),
         ("DATA --encoder /not/there", "/not/there: cannot be opened .there is no such folder"),

@@ -119,8 +119,8 @@ def test_a_router_of_another_kind_is_recorded_as_such(copied, tmp_path):
     assert torch.equal(again.route(**inputs_of(again)), twin.route(**inputs_of(twin)))
 
 
-def test_what_is_new_is_saved_as_it_is_in_memory(copied, tmp_path):
-    twin = load(copied)
+def test_what_is_new_is_saved_as_it_is_in_memory(bench, tmp_path):
+    twin = load(bench.watchful)
     twin.router.novelty.threshold = -1e9  # now everything is
     again = load(twin.save_pretrained(tmp_path / "everything"))
     assert again.routing(**inputs_of(again)).new.all()

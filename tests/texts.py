@@ -134,7 +134,7 @@ class TextBench:
 
     @cached_property
     def watchful(self) -> Path:
-        """Like `routed`, but its router notices rows that are new: the weights of these are zero."""
+        """Like `routed`, but its router notices new rows, whose weights are zero."""
         from twinmerge.recipe import Router
         from twinmerge.runtime.router.fit import fit_router
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from .artifact.format import layers_said
+
 MOST_EXPERTS = 12
 """In a table; the rest is in `--json`."""
 
@@ -146,7 +148,7 @@ def _novelty(routing: dict[str, Any]) -> str:
     if found is None:
         return "this router does not look for inputs unlike all experts' data"
     line = f"{'yes' if routing['new'] else 'no'}: score {found['score']:.1f}, threshold "
-    line += f"{found['threshold']:.1f} (layer {found['layer']}"
+    line += f"{found['threshold']:.1f} ({layers_said(found['layers'])}"
     if found["coverage"] is not None:
         line += f"; {found['coverage']:.0%} of the experts' own rows lie below"
     return line + ")"
