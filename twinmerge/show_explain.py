@@ -147,8 +147,8 @@ def _novelty(routing: dict[str, Any]) -> str:
     found = routing["novelty"]
     if found is None:
         return "this router does not look for inputs unlike all experts' data"
-    line = f"{'yes' if routing['new'] else 'no'}: score {found['score']:.1f}, threshold "
-    line += f"{found['threshold']:.1f} ({layers_said(found['layers'])}"
+    line = f"{'yes' if routing['new'] else 'no'}: score {found['score']:.2f}, threshold "
+    line += f"{found['threshold']:.2f} ({layers_said(found['layers'])}"
     if found["coverage"] is not None:
         line += f"; {found['coverage']:.0%} of the experts' own rows lie below"
     return line + ")"
