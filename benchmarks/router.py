@@ -255,7 +255,7 @@ def configurations(quick: bool) -> list[tuple[str, dict[str, Any]]]:
                 found.append((f"{kind}, auto", {"kind": kind, "layer": "auto", **more}))
                 if seed or quick:
                     continue
-                for layer in ([3, 6, [0, 2, 4]] if kind == "mlp" else [*layers, [0, 2, 4]]):
+                for layer in [3, 6, [0, 2, 4]] if kind == "mlp" else [*layers, [0, 2, 4]]:
                     name = f"{kind}, {said(layer)}"
                     found.append((name, {"kind": kind, "layer": layer, **more}))
                 if kind == "mlp":
