@@ -38,6 +38,7 @@ bench: $(VENV)/all
 	$(BIN)/python benchmarks/svd.py $(EXPERTS) --base $(BASE) --large 4096 --threads 1
 	$(BIN)/python benchmarks/runtime.py $(EXPERTS) $(DATA) --base $(BASE)
 	$(BIN)/python benchmarks/grouped.py $(EXPERTS) $(DATA) --base $(BASE)
+	$(BIN)/python benchmarks/router.py $(EXPERTS) $(DATA) --base $(BASE)
 	$(BIN)/python benchmarks/tables.py
 
 # torch first and by its exact version: a bare `torch` may bring gigabytes of CUDA

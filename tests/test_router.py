@@ -648,3 +648,11 @@ def test_a_full_disk_leaves_the_old_router(name, bench, tmp_path, monkeypatch):
         with pytest.raises(OutputError, match="the disk is full"):
             fit_router(folder, bench.texts(6), KEPT)
     assert_same_files(folder, untouched)
+
+
+def test_layers_that_say_the_same_of_every_row_are_not_tried(artifact, bench):
+    """The embedding of a BERT's first token is the same whatever the text."""
+    fitted = fit_router(artifact, bench.texts(12), Settings(pooling="first"))
+    assert fitted.tried and all(0 not in each.layers for each in fitted.tried)
+    with pytest.raises(InputError, match="all rows give the same features"):
+        fit_router(artifact, bench.texts(12), Settings(pooling="first", layer=0))

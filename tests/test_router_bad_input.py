@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import call, fails  # noqa: F401
+from test_cli import call as call  # a fixture
+from test_cli import fails as fails  # a fixture
 from texts import as_row, sentences, write_rows
 from tiny import EXPERTS, merge
 
@@ -75,7 +76,7 @@ def test_rows_that_cannot_be_fitted_on_are_told_with_the_experts_name(
     artifact,
     bench,
     tmp_path,
-    fails,  # noqa: F811
+    fails,
 ):
     data = written(tmp_path / "data", change(bench.texts(10)))
     before = (artifact / MANIFEST).read_bytes()
@@ -84,7 +85,7 @@ def test_rows_that_cannot_be_fitted_on_are_told_with_the_experts_name(
     assert sorted(path.name for path in artifact.iterdir() if path.name[0] == ".") == []
 
 
-def test_a_line_each_makes_a_router_of_prompts(artifact, bench, tmp_path, call):  # noqa: F811
+def test_a_line_each_makes_a_router_of_prompts(artifact, bench, tmp_path, call):
     data = written(tmp_path / "data", bench.texts(1))
     done = call("fit-router", artifact, data, "--kind", "prompts", "--quiet", "--json")
     assert done.code == 0 and done.json["held_out_accuracy"] is None
@@ -117,7 +118,7 @@ def test_rows_that_are_where_they_belong_raise_no_warning(artifact, bench):
     assert fit_router(artifact, bench.texts(60), Settings(layer=0)).warnings == ()
 
 
-def test_binary_noise_is_text_like_any_other(artifact, bench, tmp_path, call):  # noqa: F811
+def test_binary_noise_is_text_like_any_other(artifact, bench, tmp_path, call):
     draw = random.Random(0)
     texts = bench.texts(20) | {"law": [(noise(draw, 60),) for _ in range(20)]}
     data = written(tmp_path / "data", texts)
@@ -130,7 +131,7 @@ def test_binary_noise_is_text_like_any_other(artifact, bench, tmp_path, call):  
     assert told.code == 1 and "standard input: cannot be read as UTF-8 text" in told.err
 
 
-def test_a_very_long_text_is_cut_and_the_answer_says_so(artifact, bench, tmp_path, call):  # noqa: F811
+def test_a_very_long_text_is_cut_and_the_answer_says_so(artifact, bench, tmp_path, call):
     long = " ".join(["law1"] * 10_000)
     texts = bench.texts(20)
     data = written(tmp_path / "data", texts | {"law": [*texts["law"], (long,)]})
@@ -143,7 +144,7 @@ def test_a_very_long_text_is_cut_and_the_answer_says_so(artifact, bench, tmp_pat
     assert told.code == 1 and "--max-tokens 10000: the model has 40 positions" in told.err
 
 
-def test_an_empty_text_gets_an_answer(bench, call):  # noqa: F811
+def test_an_empty_text_gets_an_answer(bench, call):
     lines = (json.dumps({"text": ""}) + "\n").encode()
     (row,) = call("run", bench.routed, "--quiet", stdin=lines).lines
     assert row["expert"] in EXPERTS and 0 < row["confidence"] <= 1
@@ -200,7 +201,7 @@ def test_settings_that_make_no_sense_are_told(
     artifact,
     bench,
     tmp_path,
-    fails,  # noqa: F811
+    fails,
 ):
     data = written(tmp_path / "data", bench.texts(8))
     given = [data if word == "DATA" else word for word in words.split()]
@@ -225,7 +226,7 @@ def test_a_recipe_that_leaves_no_row_to_fit_on_is_told(
     artifact,
     bench,
     tmp_path,
-    fails,  # noqa: F811
+    fails,
 ):
     data = json.loads((artifact / MANIFEST).read_text())
     data["recipe"]["router"] = section
@@ -235,7 +236,7 @@ def test_a_recipe_that_leaves_no_row_to_fit_on_is_told(
 
 
 @pytest.mark.parametrize("exclusive", [{"rank": "none"}, {"form": "magnitude", "density": 0.1}])
-def test_a_projection_needs_factors(exclusive, bench, tmp_path, fails):  # noqa: F811
+def test_a_projection_needs_factors(exclusive, bench, tmp_path, fails):
     merge(bench.made.base, bench.made.experts, tmp_path / "out", exclusive=exclusive)
     said = fails("fit-router", tmp_path / "out", "--kind", "projection", "--quiet")
     assert "router kind projection: block 1 holds no factors" in said and "another kind" in said

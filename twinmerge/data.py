@@ -173,9 +173,8 @@ def chat_of(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Chat:
 def task_files(folder: Path, split: str) -> dict[str, Path]:
     """Task name -> file, for a folder of tasks."""
     if not folder.is_dir():
-        raise InputError(
-            f"{folder}: expected a folder with rows for every expert; it is not there."
-        )
+        came = "it is a file" if folder.exists() else "it is not there"
+        raise InputError(f"{folder}: expected a folder with rows for every expert; {came}.")
     found: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
         for suffix in SUFFIXES:

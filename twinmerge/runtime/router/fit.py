@@ -199,8 +199,13 @@ class RouterFit:
         if self.settings.encoder is None and self.settings.coverage < 1:
             wanted |= {0}  # on the way of any, and there new words are noticed
         features = self._features(rows, tuple(sorted(wanted)))
+        if self.settings.layer == "auto":
+            sets = _telling(sets, features)
         parts = self._divided(rows)
-        step = lambda done, total: self.say("comparing routers", done, total)  # noqa: E731
+
+        def step(done: int, total: int) -> None:
+            self.say("comparing routers", done, total)
+
         tried, fitted, reason = compare(
             features, rows.truth, parts, self.count, sets, self.settings, step
         )
@@ -559,6 +564,16 @@ class RouterFit:
                     f"{true}: {count} of its {total} held-out rows look like {chosen}.{most}"
                 )
         return tuple(told)
+
+
+def _telling(sets: list[tuple[int, ...]], features: Features) -> list[tuple[int, ...]]:
+    """Without those that name a layer which says the same of every row.
+
+    The embedding of the first token is such a layer. All of them if none is left: then trying says
+    what is wrong.
+    """
+    same = {layer for layer, x in features.items() if bool((x == x[0]).all())}
+    return [each for each in sets if not same & set(each)] or sets
 
 
 class _Answers:
