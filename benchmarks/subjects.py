@@ -72,7 +72,8 @@ def with_router(artifact: Path, out: Path, data: Path, rows: int, max_tokens: in
             for name, table in found.items()
         }
         # The paper's network on one layer: what is timed is where a router reads, not which.
-        settings = Router(kind="mlp", layer=3, coverage=1.0, rows_per_task=rows)
+        middle = AutoConfig.from_pretrained(out).num_hidden_layers // 2
+        settings = Router(kind="mlp", layer=middle, coverage=1.0, rows_per_task=rows)
         fit_router(out, texts, settings, max_tokens=max_tokens)
     return out
 
