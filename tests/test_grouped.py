@@ -187,7 +187,7 @@ def test_as_many_groups_as_rows_are_the_routed_mixed_batch(size, bench, rows):
     for got, want, index in zip(run.logits, mixed.logits, run.expert.tolist(), strict=True):
         assert len(got) == list(model.outputs.values())[index]
         torch.testing.assert_close(got, want[: len(got)], rtol=1e-5, atol=1e-5)
-    assert run.merges == run.grouped.count == len(route_rows(model, rows).unique(dim=0))
+    assert run.merges == run.grouped.count == len(route_rows(model, rows)[0].unique(dim=0))
     assert set(run.seconds) == {"route", "group", "merge", "forward"}
 
 
@@ -298,7 +298,7 @@ def test_what_is_lost_is_measured(bench):
     )
     for way in ways[1:]:
         assert way.loss is not None and way.groups is not None
-        got = group_weights(route_rows(model, joined), way.groups, by=way.by)
+        got = group_weights(route_rows(model, joined)[0], way.groups, by=way.by)
         assert way.loss.merges == got.count <= 3 * way.groups
         assert way.loss.weight_error_largest == pytest.approx(float(got.error.max()))
         assert way.loss.weight_error_mean == pytest.approx(float(got.error.mean()))

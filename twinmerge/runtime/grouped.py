@@ -238,7 +238,7 @@ def run_groups(
     assert all(one is not None for one in logits)
     return GroupedRun(
         [one for one in logits if one is not None],
-        torch.tensor(chosen, device=model.device),
+        torch.tensor(chosen, dtype=torch.long, device=model.device),
         grouped,
         len(numbers),
         seconds,
