@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -312,8 +314,14 @@ def test_rows_that_are_misled_get_their_true_head_under_known_head(bench):
     model = load(bench.routed)
     turned = {"math": "code", "code": "law", "law": "math"}
     order = [EXPERTS.index(turned[name]) for name in EXPERTS]
-    route = model.route
-    model.route = lambda **inputs: route(**inputs)[:, order]
+    routing = model.routing
+
+    def misled(**inputs):
+        said = routing(**inputs)
+        turned = {"weights": said.weights[:, order], "probabilities": said.probabilities[:, order]}
+        return dataclasses.replace(said, **turned)
+
+    model.routing = misled
     found, _ = read_tasks(bench.data, EXPERTS, "test")
     tasks = prepare(model, found)
     _, way = compare_grouped(model, tasks, [(99, "weights")])
@@ -350,6 +358,7 @@ def test_the_benchmark_writes_what_its_table_shows(bench, tmp_path, monkeypatch)
     assert found["rows"] == 16 and set(found["experts"]["scores"]) == {"math", "code"}
     assert str(tmp_path) not in out.read_text()
     table = script.grouped_table(found)
-    assert "| grouped, 99 in a bin | 16 |" in table and "| grouped by logits, 2 in a bin |" in table
+    assert re.search(r"\| grouped, 99 in a bin \| \d+ \|", table)
+    assert "| grouped by logits, 2 in a bin |" in table
     with pytest.raises(InputError, match="'1,x': expected integers"):
         script.numbers("1,x")
