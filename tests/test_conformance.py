@@ -34,6 +34,7 @@ from twinmerge.errors import InputError, RouterError, UnsupportedModel
 from twinmerge.runtime.heads import HeadSwitch
 from twinmerge.runtime.load import load
 from twinmerge.runtime.per_row import NotRowWise
+from twinmerge.runtime.router.features import keys
 from twinmerge.runtime.routing import Mix, Routing, routed
 
 CALLS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -311,7 +312,7 @@ def route(zoo, monkeypatch):
 
     def give(name: str, rank, inputs: dict, layer: int):
         twin = zoo.twin(name, rank)
-        width = twin.features.read(inputs, [layer])[layer].shape[1]
+        width = twin.features.read(inputs, keys([layer]))[layer, "mean"].shape[1]
         monkeypatch.setattr(twin, "router", router_by_hand(layer, width))
         return twin
 
@@ -380,14 +381,14 @@ def test_the_router_reads_hidden_states_of_the_shared_expert_at_every_layer(read
     answer = shared(**inputs, output_hidden_states=True)
     answer = getattr(answer, "text_model_output", answer)  # of two towers, the first is read
     states = getattr(answer, "encoder_hidden_states", None) or answer.hidden_states
-    with_weights_in_force = twin.features.read(inputs, [0, 1, 2])
+    with_weights_in_force = twin.features.read(inputs, keys(range(3)))
     for layer in (0, 1):  # the last one transformers gives after the final norm
         hidden = states[layer]
         mask = inputs.get("attention_mask", torch.ones(hidden.shape[:2]))[..., None]
         want = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-        torch.testing.assert_close(with_weights_in_force[layer], want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(with_weights_in_force[layer, "mean"], want, rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match=r"router layer 3: this model has layers 0 .* to 2"):
-        twin.features.read(inputs, [3])
+        twin.features.read(inputs, keys([3]))
 
 
 def test_rows_go_to_the_head_of_their_highest_weight(zoo):
@@ -527,7 +528,7 @@ def test_a_model_without_a_list_of_blocks_runs_with_given_weights(tmp_path):
     with pytest.raises(
         UnsupportedModel, match="found no list of .2. blocks .* Give weights= or ta"
     ):
-        twin.features.read(inputs, [0])
+        twin.features.read(inputs, keys([0]))
 
 
 def test_two_experts_of_one_class_are_served_as_well_as_three(tmp_path):

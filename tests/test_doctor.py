@@ -24,7 +24,7 @@ from twinmerge.merging.doctor import Diagnosis, Finding, diagnose, examine, meas
 from twinmerge.merging.doctor.spectra import Spectrum, Subject, choose, expected_bytes
 from twinmerge.merging.doctor.vocabulary import compare, read_tokenizer
 from twinmerge.plots import write_plots
-from twinmerge.show_doctor import LEVELS
+from twinmerge.show.doctor import LEVELS
 from twinmerge.weightfiles import TensorFiles
 
 Tensors = dict[str, torch.Tensor]

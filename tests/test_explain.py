@@ -25,14 +25,14 @@ from twinmerge.cli import app
 from twinmerge.data import chat_of
 from twinmerge.errors import InputError, MissingExtra, OutputError, RouterError
 from twinmerge.merging.build import build
-from twinmerge.plots_explain import draw, write_plot
+from twinmerge.plots.explain import draw, write_plot
 from twinmerge.recipe import Router as Settings
 from twinmerge.recipe import load_recipe
 from twinmerge.runtime.explain import NO_EXAMPLES, Explanation, explain, read_text
 from twinmerge.runtime.load import load
 from twinmerge.runtime.nearest import measured
 from twinmerge.runtime.router.fit import fit_router
-from twinmerge.show_explain import explain_text, mixture
+from twinmerge.show.explain import explain_text, mixture
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the9 math1 the19 math4 math0"  # one of the rows that the router is fitted on
@@ -160,13 +160,13 @@ def test_what_is_forced_stands_beside_what_is_routed_and_is_the_models_own_outpu
         assert sum(found.forced.probabilities.values()) == pytest.approx(1.0)
 
 
-def test_a_new_text_says_so_and_gets_the_shared_expert(bench):
+def test_a_new_text_says_so_and_one_unlike_anything_gets_the_shared_expert(bench):
     model = load(bench.watchful)
     model.router.novelty.threshold = -1e9
     found = explain(model, TEXT, base=False)
     assert found.routing.new and found.routing.novelty.score > found.routing.novelty.threshold
     assert set(found.routing.weights.values()) == {0.0}
-    assert found.routing.outcome.startswith("new: all weights are zero and the shared expert")
+    assert found.routing.outcome.startswith("new: weights sum to 0, the rest is the shared expert")
     assert said(found.of("routed")) == pytest.approx(said(found.of("shared")))
     assert found.of("routed").head == found.routing.likeliest == "math"
 

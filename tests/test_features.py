@@ -12,12 +12,14 @@ from torch import nn
 
 from twinmerge.errors import UnsupportedModel
 from twinmerge.runtime.parts import PartList
-from twinmerge.runtime.router.features import FeatureReader, find_blocks
+from twinmerge.runtime.router.features import FeatureReader, find_blocks, keys
 
 NO_BLOCKS = ["albert"]
 MOVED = {"bert", "bert tokens", "bert answers", "bert embeds", "distilbert", "electra"}
 MOVED |= {"clip text", "clip", "bart", "bart classifier"}
 """These number positions from the first column, padding included: other positions, other states."""
+
+FIRST = (1, "mean")
 
 
 def model_of(name: str):
@@ -41,9 +43,9 @@ def inputs_of(name: str, rows: int = 3) -> dict[str, torch.Tensor]:
 
 
 def read_all(reader: FeatureReader, inputs) -> list[torch.Tensor]:
-    layers = list(range(reader.layers + 1))
-    found = reader.read(inputs, layers)
-    return [found[layer] for layer in layers]
+    wanted = keys(range(reader.layers + 1))
+    found = reader.read(inputs, wanted)
+    return [found[key] for key in wanted]
 
 
 @pytest.mark.parametrize("name", sorted(set(EVERY) - set(NO_BLOCKS)))
@@ -76,8 +78,8 @@ def test_an_encoder_decoder_is_read_in_its_encoder_alone(name):
     reader, calls = FeatureReader(model), []
     decoder = next(m for n, m in model.named_modules() if n.endswith("decoder"))
     decoder.register_forward_hook(lambda *_: calls.append("decoder"))
-    found = reader.read(inputs_of(name), [reader.layers])
-    assert calls == [] and found[2].shape == (3, 16)
+    found = reader.read(inputs_of(name), keys([reader.layers]))
+    assert calls == [] and found[2, "mean"].shape == (3, 16)
     encoder = model.get_encoder()
     assert all(any(block is m for m in encoder.modules()) for block in reader.blocks)
 
@@ -99,11 +101,11 @@ def test_a_model_of_two_towers_is_read_in_the_one_that_has_an_input():
     reader, inputs = FeatureReader(model_of("clip")), inputs_of("clip")
     image = {"pixel_values": inputs["pixel_values"]}
     text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    by_text, by_image = reader.read(text, [1])[1], reader.read(image, [1])[1]
-    assert torch.equal(reader.read(inputs, [1])[1], by_text)
+    by_text, by_image = (reader.read(given, [FIRST])[FIRST] for given in (text, image))
+    assert torch.equal(reader.read(inputs, [FIRST])[FIRST], by_text)
     assert not torch.allclose(by_text, by_image, atol=1e-2)
     vision = FeatureReader(model_of("clip").vision_model)
-    torch.testing.assert_close(vision.read(image, [1])[1], by_image)
+    torch.testing.assert_close(vision.read(image, [FIRST])[FIRST], by_image)
 
 
 def test_lists_within_our_own_layers_are_not_taken_for_blocks():
@@ -126,20 +128,20 @@ def test_what_stands_at_padded_positions_does_not_matter_even_if_it_is_no_number
         return output
 
     reader.model.get_submodule("bert.embeddings").register_forward_hook(spoil)
-    torch.testing.assert_close(reader.read(inputs, [0])[0], want)
+    torch.testing.assert_close(reader.read(inputs, keys([0]))[0, "mean"], want)
 
 
 def test_watching_calls_once_before_the_next_block_and_lets_the_forward_go_on():
     reader, inputs = FeatureReader(model_of("bert")), inputs_of("bert")
     seen, calls = [], []
     reader.blocks[1].register_forward_hook(lambda *_: calls.append(len(seen)))
-    with torch.no_grad(), reader.watching(inputs, [1], lambda found: seen.append(found[1])):
+    with torch.no_grad(), reader.watching(inputs, [FIRST], lambda found: seen.append(found[FIRST])):
         for _ in range(2):  # a second forward within it is not watched
             output = reader.model(**inputs)
     assert output.logits.shape[0] == 3 and calls == [1, 1] and len(seen) == 1
-    torch.testing.assert_close(seen[0], reader.read(inputs, [1])[1])
+    torch.testing.assert_close(seen[0], reader.read(inputs, [FIRST])[FIRST])
     with pytest.raises(UnsupportedModel, match="a forward did not come past layer 1"):
-        with reader.watching(inputs, [1], lambda found: None):
+        with reader.watching(inputs, [FIRST], lambda found: None):
             pass
 
 

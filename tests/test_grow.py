@@ -620,7 +620,7 @@ def test_a_change_killed_between_steps_leaves_a_valid_artifact(
 
 
 def test_a_change_waits_for_a_fit_that_writes(artifact, world):
-    with alone(artifact), pytest.raises(OutputError, match="no other run at work"):
+    with alone(artifact), pytest.raises(OutputError, match="another command is changing"):
         add(artifact, world.experts["law"])
 
 

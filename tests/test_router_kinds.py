@@ -193,6 +193,38 @@ def test_what_the_manifest_says_is_what_loads(which, case, fitted):
     assert set(own) <= set(names)
 
 
+@pytest.mark.parametrize(
+    ("which", "case", "read", "looked_at"),
+    [("bench", "prototype", "mean", "last"), ("causal_bench", "last token", "last", "mean")],
+)
+def test_new_inputs_may_be_told_by_another_pooling_than_the_routers(
+    which, case, read, looked_at, fitted
+):
+    """These cases then stand for such routers in all of the suite."""
+    found = fitted(which, case)
+    entry, router = found.model.manifest.router, found.model.router
+    assert entry.pooling == router.pooling == read and {how for _, how in router.keys} == {read}
+    assert entry.novelty.pooling == router.novelty.pooling == looked_at
+    assert {how for _, how in router.wanted} == {"mean", "last"}
+    inputs = found.inputs(NEW)
+    features = found.model.features.read(inputs, router.wanted)
+    want = router(features)
+    assert_same(said(found.model, inputs), want)
+    # Each reads its own: changing what the other reads changes nothing of it.
+    for how, same in ((read, "novelty"), (looked_at, "probabilities")):
+        spoilt = {key: x + 9.0 if key[1] == how else x for key, x in features.items()}
+        other = router(spoilt)
+        assert torch.equal(getattr(other, same), getattr(want, same))
+        changed = {"novelty": "probabilities", "probabilities": "novelty"}[same]
+        assert not torch.equal(getattr(other, changed), getattr(want, changed))
+
+
+def test_a_forward_also_takes_two_poolings_on_its_way(late, bench):
+    """Said of the case that is compared with `routing` below."""
+    router = late("prototype", texts_of("prototype", bench)).router
+    assert (router.pooling, router.novelty.pooling, router.last) == ("mean", "last", 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name != "projection"])
 def test_the_order_of_the_rows_files_does_not_matter(case, fitted, tmp_path):
@@ -211,15 +243,20 @@ def test_the_order_of_the_rows_files_does_not_matter(case, fitted, tmp_path):
 
 
 @everywhere
-def test_weights_sum_to_one_or_are_zero_where_new_and_probabilities_always_do(which, case, fitted):
+def test_weights_sum_to_one_or_less_where_new_and_probabilities_always_do(which, case, fitted):
     found = fitted(which, case)
     inputs = found.inputs(NEW)
-    routed = halved(found.model, inputs).routing(**inputs)
+    model = halved(found.model, inputs)
+    routed = model.routing(**inputs)
     assert routed.weights.shape == routed.probabilities.shape == (len(NEW), len(EXPERTS))
     assert routed.weights.dtype == routed.probabilities.dtype == torch.float32
     assert bool((routed.weights >= 0).all()) and bool((routed.probabilities >= 0).all())
-    torch.testing.assert_close(routed.weights.sum(dim=1), (~routed.new).float())
-    assert not routed.weights[routed.new].any()
+    sums = routed.weights.sum(dim=1)
+    torch.testing.assert_close(sums[~routed.new], torch.ones(int((~routed.new).sum())))
+    if bool(routed.new.any()):
+        over = routed.novelty[routed.new] - model.router.novelty.threshold
+        assert bool((over > 0).all())
+        torch.testing.assert_close(sums[routed.new], (-over).exp())
     torch.testing.assert_close(routed.probabilities.sum(dim=1), torch.ones(len(NEW)))
     assert torch.equal(routed.confidence, routed.probabilities.max(dim=1).values)
     if found.model.router.novelty is not None:
@@ -269,7 +306,8 @@ def test_one_allowed_expert_gets_all_also_where_the_router_gives_it_nothing(whic
         routed = found.model.routing(**inputs, allowed=name)
         only = torch.eye(len(EXPERTS))[index]
         assert torch.equal(routed.probabilities, only.expand(len(NEW), -1))
-        assert torch.equal(routed.weights, only * (~routed.new)[:, None])
+        assert torch.equal(routed.weights[:, index] == 1, ~routed.new)
+        assert bool((routed.weights[:, torch.arange(len(EXPERTS)) != index] == 0).all())
 
 
 @everywhere

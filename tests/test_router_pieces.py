@@ -29,13 +29,14 @@ from twinmerge.runtime.router.calibration import (
     fit_temperature,
     sharpened,
 )
-from twinmerge.runtime.router.choosing import Fitted, choose, compare, layer_sets, train
+from twinmerge.runtime.router.choosing import WORSE, Fitted, choose, compare, layer_sets, train
 from twinmerge.runtime.router.energies import _shares
-from twinmerge.runtime.router.novelty import Novelty, noticed_when_left_out
+from twinmerge.runtime.router.features import Key, keys
+from twinmerge.runtime.router.novelty import Distance, Novelty, learnt
 from twinmerge.runtime.router.router import Router, _square, _triangle, joined
 from twinmerge.runtime.router.scorers import Fixed, Linear, Projection, Prototype
-from twinmerge.runtime.router.splitting import Parts, alike, divide
-from twinmerge.runtime.router.statistics import precision, shrunk, statistics
+from twinmerge.runtime.router.splitting import Parts, alike, crossed, divide
+from twinmerge.runtime.router.statistics import Sums, precision, shrunk, statistics
 
 SEEDS = st.integers(0, 999)
 
@@ -152,7 +153,7 @@ def test_sharpening_is_a_power_and_top_leaves_one():
 def test_sharpening_does_not_give_weight_to_what_is_not_allowed():
     router = Router(Fixed(3), kind="none", sharpness=4.0)
     allowed = torch.tensor([[True, False, True]])
-    routed = router({0: torch.zeros(1, 0)}, allowed)
+    routed = router({(0, "mean"): torch.zeros(1, 0)}, allowed)
     assert routed.weights.tolist() == [[0.5, 0.0, 0.5]]
 
 
@@ -163,8 +164,32 @@ def test_sharpening_does_not_give_weight_to_what_is_not_allowed():
 def test_the_shrunk_covariance_is_scikit_learns(rows, width):
     x = randn(rows, width, seed=0).double()
     x = x - x.mean(dim=0)
-    want, _ = ledoit_wolf(x.numpy(), assume_centered=True)
-    torch.testing.assert_close(shrunk(x), torch.from_numpy(want), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shrunk(x.T @ x, x), scikit_learns(x), rtol=1e-9, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=SEEDS,
+    rows=st.integers(2, 60),
+    width=st.integers(1, 24),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+    alike=st.booleans(),
+)
+def test_the_shrinking_is_scikit_learns_for_any_shape_and_scale(seed, rows, width, scale, alike):
+    x = scale * randn(rows, width, seed=seed).double()
+    if alike:  # one direction has nearly all of it
+        x = x[:, :1] * randn(width, seed=seed + 1).double() + 1e-3 * x
+    want = scikit_learns(x)
+    got = shrunk(x.T @ x, x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+    assert bool(precision(got).isfinite().all())
+
+
+def scikit_learns(x: torch.Tensor) -> torch.Tensor:
+    """Ledoit and Wolf's covariance, and the ridge that ours has besides."""
+    found, _ = ledoit_wolf(x.numpy(), assume_centered=True)
+    level = float(x.square().sum()) / x.numel()
+    return torch.from_numpy(found) + 1e-6 * level * torch.eye(x.shape[1], dtype=torch.float64)
 
 
 def test_statistics_are_those_of_a_loop():
@@ -178,8 +203,32 @@ def test_statistics_are_those_of_a_loop():
         torch.testing.assert_close(found.means[expert], rows.mean(dim=0))
         around.append(rows - rows.mean(dim=0))
     torch.testing.assert_close(found.mean, x.double().mean(dim=0))
-    torch.testing.assert_close(found.within, shrunk(torch.cat(around)))
-    torch.testing.assert_close(found.total, shrunk(x.double() - x.double().mean(dim=0)))
+    within, total = torch.cat(around), x.double() - x.double().mean(dim=0)
+    torch.testing.assert_close(found.within, shrunk(within.T @ within, within))
+    torch.testing.assert_close(found.total, shrunk(total.T @ total, total))
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=SEEDS, data=st.data(), width=st.integers(1, 20), scale=st.sampled_from([0.1, 1.0, 10]))
+def test_leaving_an_expert_out_of_the_sums_is_never_having_had_its_rows(seed, data, width, scale):
+    sizes = data.draw(st.lists(st.integers(1, 12), min_size=3, max_size=5))
+    truth = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    x = randn(len(truth), width, seed=seed) + 3 * randn(len(sizes), width, seed=seed + 1)[truth]
+    out = data.draw(st.integers(0, len(sizes) - 1))
+    x[truth == out] *= scale
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    x, truth = x[order], truth[order]
+    sums = Sums(x, truth, len(sizes))
+    rest = truth != out
+    renumbered = truth[rest] - (truth[rest] > out).long()
+    cases = [(sums.statistics(out), statistics(x[rest], renumbered, len(sizes) - 1))]
+    cases.append((sums.statistics(), statistics(x, truth, len(sizes))))  # it is left as it was
+    for got, want in cases:
+        assert torch.equal(got.counts, want.counts)
+        for name in ("means", "mean", "within", "total"):
+            one, other = getattr(got, name), getattr(want, name)
+            close = 1e-9 * float(other.abs().max())
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=close, msg=name)
 
 
 def test_a_row_each_has_the_covariance_of_all():
@@ -201,15 +250,16 @@ def test_packing_a_symmetric_matrix_loses_no_bit(seed, n):
 def test_a_stored_router_gives_the_same_bits_as_the_fitted_one():
     x, truth = clusters(9, 3, 12)
     scorer = Prototype.fitted(x, truth, 3)
-    router = Router(
-        scorer, (1,), kind="prototype", novelty=Novelty.of({1: statistics(x, truth, 3)})
-    )
+    key: Key = (1, "mean")
+    novelty = Novelty.of({key: Distance.of(statistics(x, truth, 3))})
+    novelty.set(novelty.distances_of({key: x}), 0.9)
+    router = Router(scorer, (1,), kind="prototype", novelty=novelty)
     other = Router(Prototype(12, 3), (1,), kind="prototype", novelty=Novelty({1: 12}, 3, 0.0))
     tensors = router.tensors()
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     other.load_tensors(tensors)
-    assert torch.equal(other.logits({1: x}), router.logits({1: x}))
-    assert torch.equal(other({1: x}).novelty, router({1: x}).novelty)
+    assert torch.equal(other.logits({key: x}), router.logits({key: x}))
+    assert torch.equal(other({key: x}).novelty, router({key: x}).novelty)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -302,6 +352,14 @@ def test_a_projection_compares_shares_with_what_made_up_inputs_give():
 
 # ----------------------------------------------------------------------------------- novelty
 
+MEAN: Key = (1, "mean")
+
+
+def learnt_from(features, truth, own, experts, looks=((MEAN,),)):
+    """From the rows `own`, and checked on the others."""
+    known, check = ({key: x[rows] for key, x in features.items()} for rows in (own, ~own))
+    return learnt(known, truth[own], check, truth[~own], experts, 0.95, looks)
+
 
 def test_the_distances_are_the_relative_and_the_plain_mahalanobis_distance():
     x, truth = clusters(30, 3, 6)
@@ -312,18 +370,20 @@ def test_the_distances_are_the_relative_and_the_plain_mahalanobis_distance():
     for row in new:
         nearest = min(float((row - m) @ near @ (row - m)) for m in found.means)
         want.append([nearest - float((row - found.mean) @ far @ (row - found.mean)), nearest])
-    got = Novelty.of({0: found}).distances_of({0: new.float()})[:, 0].double()
+    novelty = Novelty.of({(0, "mean"): Distance.of(found)})
+    got = novelty.distances_of({(0, "mean"): new.float()})[:, 0].double()
     torch.testing.assert_close(got, torch.tensor(want).double(), rtol=1e-3, atol=1e-2)
 
 
-def test_the_score_is_the_mean_of_scaled_distances_and_what_is_far_from_all_is_above_any():
+def test_the_score_is_the_log_sum_of_scaled_distances_and_what_is_far_from_all_is_above_any():
     x, truth = clusters(60, 3, 6)
-    features = {0: x, 2: x.square()}
-    novelty = Novelty.of({layer: statistics(f, truth, 3) for layer, f in features.items()})
+    features = {(0, "last"): x, (2, "last"): x.square()}
+    novelty = Novelty.of({k: Distance.of(statistics(f, truth, 3)) for k, f in features.items()})
+    assert novelty.keys == tuple(features) and novelty.pooling == "last"
     distances = novelty.distances_of(features)
     novelty.set(distances, 0.9)
     scaled = (distances - distances.mean(0)) / distances.std(0)
-    relative, plain = scaled.mean(dim=1).T
+    relative, plain = scaled[..., 0].exp().sum(dim=1).log(), scaled[..., 1].mean(dim=1)
     offset = plain.max() - novelty.threshold
     want = torch.maximum(relative, plain - offset)
     torch.testing.assert_close(novelty(features), want, rtol=1e-3, atol=1e-3)
@@ -331,15 +391,29 @@ def test_the_score_is_the_mean_of_scaled_distances_and_what_is_far_from_all_is_a
         float(relative.quantile(0.9, interpolation="higher")), rel=1e-4
     )
     assert int((relative > novelty.threshold).sum()) <= 18  # a tenth of 180
-    far = {layer: f[:3] + 1e3 for layer, f in features.items()}
+    far = {key: f[:3] + 1e3 for key, f in features.items()}
     assert bool(novelty.is_new(novelty(far)).all())
+
+
+def test_what_stands_out_in_one_layer_of_several_is_new():
+    """Also where the mean over layers is one that many rows have."""
+    novelty = Novelty(dict.fromkeys(range(4), 3), 2, threshold=0.0)
+    usual = randn(400, 4, 2, seed=0)
+    novelty.set(usual, 0.99)
+    odd = torch.zeros(4, 4, 2)
+    odd[range(4), range(4), 0] = 4.2  # each in a layer of its own
+    assert bool(novelty.is_new(novelty.judged(odd)).all())
+    scaled = (usual[..., 0] - usual[..., 0].mean(dim=0)) / usual[..., 0].std(dim=0)
+    assert odd[..., 0].mean(dim=1).max() < scaled.mean(dim=1).quantile(0.99)
+    assert not novelty.is_new(novelty.judged(torch.zeros(1, 4, 2))).any()
 
 
 def test_a_row_is_new_above_the_threshold_only():
     novelty = Novelty({0: 3}, 2, threshold=1.5)
     assert novelty.is_new(torch.tensor([1.4, 1.5, 1.6])).tolist() == [False, False, True]
     x, truth = clusters(5, 2, 3)
-    assert not Novelty.of({0: statistics(x, truth, 2)}).is_new(torch.tensor([1e30])).any()
+    unset = Novelty.of({(0, "mean"): Distance.of(statistics(x, truth, 2))})
+    assert not unset.is_new(torch.tensor([1e30])).any()
 
 
 def test_an_expert_far_from_the_others_is_noticed_when_left_out_and_a_twin_is_not():
@@ -347,15 +421,61 @@ def test_an_expert_far_from_the_others_is_noticed_when_left_out_and_a_twin_is_no
     x[truth == 3, 0] += 200 * randn(5, seed=4)[0].sign()
     x[truth == 2] = x[truth == 1] + 0.01 * randn(60, 5, seed=5)
     even = torch.arange(len(x)) % 2 == 0
-    held = {0: x[~even]}, truth[~even]
-    shares = noticed_when_left_out({0: x[even]}, truth[even], *held, 4, 0.95)
-    assert shares[3] == 1.0 and shares[2] < 0.2 and shares[1] < 0.2
+    _, shares = learnt_from({MEAN: x}, truth, even, 4)
+    assert len(shares) == 4 and shares[3] == 1.0 and shares[2] < 0.2 and shares[1] < 0.2
 
 
 def test_an_expert_without_held_out_rows_is_not_said_to_be_noticed():
     x, truth = clusters(10, 3, 4)
     held = truth != 1
-    assert noticed_when_left_out({0: x}, truth, {0: x[held]}, truth[held], 3, 0.9)[1] == 0.0
+    _, shares = learnt({MEAN: x}, truth, {MEAN: x[held]}, truth[held], 3, 0.9, [[MEAN]])
+    assert shares[1] == 0.0 and len(shares) == 3
+
+
+@pytest.mark.parametrize("telling", ["last", "mean"])
+@pytest.mark.parametrize("first", ["last", "mean"])
+def test_the_look_that_notices_most_of_left_out_experts_is_taken(telling, first):
+    """Of two layers each: one pooling has clusters far apart, the other noise."""
+    second = "mean" if first == "last" else "last"
+    looks = [keys((1, 2), first), keys((1, 2), second)]
+    features: dict[Key, torch.Tensor] = {}
+    for layer in (1, 2):
+        x, truth = clusters(40, 4, 6, seed=10 * layer, apart=8)
+        features |= {(layer, "last"): randn(*x.shape, seed=layer + 7), (layer, "mean"): x}
+        if telling == "last":
+            mean, last = (layer, "mean"), (layer, "last")
+            features[mean], features[last] = features[last], features[mean]
+    even = torch.arange(160) % 2 == 0
+    novelty, shares = learnt_from(features, truth, even, 4, looks)
+    assert novelty.keys == keys((1, 2), telling) and min(shares) > 0.9
+    noise = [look for look in looks if look[0][1] != telling]
+    assert sum(learnt_from(features, truth, even, 4, noise)[1]) < 0.5 * sum(shares)
+    # It is made of all experts' rows, and its threshold is that of the others.
+    novelty_alone, _ = learnt_from(features, truth, even, 4, [keys((1, 2), telling)])
+    assert novelty.threshold == novelty_alone.threshold
+    own = novelty({key: features[key][~even] for key in novelty.keys})
+    assert int(novelty.is_new(own).sum()) <= 4  # a twentieth of 80
+    assert bool(novelty.is_new(novelty({key: -f[:9] + 30 for key, f in features.items()})).all())
+
+
+def test_of_looks_that_notice_the_same_the_first_is_taken():
+    x, truth = clusters(40, 3, 6, apart=8)
+    features: dict[Key, torch.Tensor] = {(1, "last"): x, (1, "mean"): x}
+    even = torch.arange(120) % 2 == 0
+    for looks in ([[(1, "last")], [MEAN]], [[MEAN], [(1, "last")]]):
+        novelty, shares = learnt_from(features, truth, even, 3, looks)
+        assert novelty.keys == tuple(looks[0]) and len(shares) == 3
+
+
+def test_of_two_experts_none_is_left_out_and_the_first_look_is_taken():
+    """The rows of one alone have no relative distance."""
+    x, truth = clusters(40, 2, 6, apart=8)
+    features: dict[Key, torch.Tensor] = {(1, "last"): randn(80, 6, seed=3), MEAN: x}
+    even = torch.arange(80) % 2 == 0
+    for looks in ([[(1, "last")], [MEAN]], [[MEAN], [(1, "last")]]):
+        novelty, shares = learnt_from(features, truth, even, 2, looks)
+        assert shares == [] and novelty.keys == tuple(looks[0])
+        assert novelty.threshold < float("inf")
 
 
 # --------------------------------------------------------------------------------- splitting
@@ -467,12 +587,46 @@ def test_a_large_group_of_copies_trains_and_does_not_fill_what_is_held_out(seed)
     assert len(parts.held_out) == len(parts.calibration) == 8 and len(parts.train) == 24
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_by_turns_every_row_is_scored_once_by_what_saw_no_row_like_it(seed):
+    draw = torch.Generator().manual_seed(seed)
+    groups, truth = torch.randint(40, (120,), generator=draw), torch.arange(120) % 3
+    parts = divide(groups, truth, ("x", "y", "z"), (0.2, 0.2), seed)
+    pairs = crossed(parts, groups, truth, 5, seed)
+    assert len(pairs) == 5
+    expected = torch.cat([parts.train, parts.held_out]).sort().values
+    assert torch.equal(torch.cat([held for _, held in pairs]).sort().values, expected)
+    for own, held in pairs:
+        assert torch.equal(torch.cat([own, held]).sort().values, expected)
+        assert not set(groups[own].tolist()) & set(groups[held].tolist())
+        assert set(truth[own].tolist()) == {0, 1, 2}
+    sizes = [len(held) for _, held in pairs]
+    assert max(sizes) - min(sizes) < 0.5 * max(sizes)
+    again = crossed(parts, groups, truth, 5, seed)
+    assert all(
+        torch.equal(a, b)
+        for one, two in zip(pairs, again, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_an_expert_whose_rows_are_all_alike_has_no_turns():
+    """Where they are scored, nothing of that expert would be left to train on."""
+    truth = torch.arange(60) % 2
+    groups = torch.where(truth == 0, torch.arange(60), 60)
+    some = torch.arange(60)
+    parts = Parts(some[:40], some[40:50], some[50:])
+    (pair,) = crossed(parts, groups, truth, 5, 0)
+    assert torch.equal(pair[0], parts.train) and torch.equal(pair[1], parts.held_out)
+
+
 # ---------------------------------------------------------------------------------- choosing
 
 
 def made_up(kind: str, layers: tuple[int, ...], losses: list[float]) -> Fitted:
     loss = torch.tensor(losses, dtype=torch.float64)
-    return Fitted(kind, layers, Fixed(2), 1.0, torch.zeros(len(loss), 2), loss, 0.9, None)
+    logits = torch.zeros(len(loss), 2)
+    return Fitted(kind, layers, logits, logits, loss, 0.9, None)
 
 
 def spread(mean: float, gap: float) -> list[float]:
@@ -487,6 +641,14 @@ def test_the_cheapest_within_one_standard_error_is_chosen():
     chosen, reason = choose([far, near, best])
     assert chosen is near
     assert "cheapest of 2 (of 3 tried)" in reason and "mlp on layer 4, 90.0% right" in reason
+
+
+def test_what_few_rows_cannot_tell_apart_must_not_seem_much_worse_either():
+    best = made_up("prototype", (4,), [0.5] * 100)
+    seems = made_up("prototype", (0,), spread(0.5 + 1.1 * WORSE, 2.0))  # one standard error: 0.2
+    assert choose([seems, best])[0] is best
+    seems = made_up("prototype", (0,), spread(0.5 + 0.9 * WORSE, 2.0))
+    assert choose([seems, best])[0] is seems
 
 
 def test_differences_are_taken_row_by_row():
@@ -536,7 +698,8 @@ def test_comparing_all_kinds_takes_the_slower_ones_to_the_best_layers_only():
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     parts = Parts(order[:60], order[60:90], order[90:])
     asked = Settings(kind="auto", epochs=3)
-    tried, chosen, reason = compare(features, truth, parts, 3, [(i,) for i in range(5)], asked)
+    sets, pairs = [(i,) for i in range(5)], [(parts.train, parts.held_out)]
+    tried, chosen, reason = compare(features, truth, parts.calibration, pairs, 3, sets, asked)
     kinds = [each.kind for each in tried]
     assert kinds == ["prototype"] * 5 + ["linear"] * 3 + ["mlp"] * 3
     assert {each.layers for each in tried[5:8]} == {(1,), (2,), (3,)}
@@ -600,8 +763,9 @@ def test_energies_are_those_of_the_stored_factors(dtype, bench, tmp_path):
                 each.append((share * mask).sum(dim=1) / mask.sum(dim=1))
             shares.append(torch.stack(each, dim=1))
         want = torch.stack(shares).mean(dim=0)
-        torch.testing.assert_close(got[block], want, rtol=1e-3, atol=1e-4)
-    assert bool((got[1] > 0).all()) and bool((got[1] < 1).all())
+        torch.testing.assert_close(got[block, "mean"], want, rtol=1e-3, atol=1e-4)
+    first = got[1, "mean"]
+    assert bool((first > 0).all()) and bool((first < 1).all())
 
 
 def right_factors(folder: Path, expert: str) -> dict[str, torch.Tensor]:
@@ -634,6 +798,8 @@ def test_there_are_no_energies_where_experts_are_kept_otherwise_than_in_factors(
 
 
 def test_layers_side_by_side_keep_the_order_that_was_asked_for():
-    features = {1: torch.ones(2, 1), 2: torch.zeros(2, 2)}
-    assert joined(features, (2, 1)).tolist() == [[0, 0, 1]] * 2
-    assert joined({5: torch.ones(2, 3)}, ()).tolist() == [[1] * 3] * 2
+    features = {(1, "mean"): torch.ones(2, 1), (2, "mean"): torch.zeros(2, 2)}
+    features[1, "last"] = torch.full((2, 1), 7.0)
+    assert joined(features, keys((2, 1))).tolist() == [[0, 0, 1]] * 2
+    assert joined(features, ((1, "last"), (2, "mean"))).tolist() == [[7, 0, 0]] * 2
+    assert joined({(5, "first"): torch.ones(2, 3)}, ()).tolist() == [[1] * 3] * 2

@@ -107,7 +107,7 @@ class TextBench:
             for name in EXPERTS
         ]
         path = self.folder / "recipe.yaml"
-        # So that rows have weights on all experts, and none is new, whose weights would be zero.
+        # So that rows have weights on all experts, and none is new, whose weights would be less.
         router = {"sharpness": 1.0, "coverage": 1.0}
         recipe = {
             "base_model": "./base", "models": entries, "exclusive": {"rank": 4}, "router": router
@@ -134,7 +134,7 @@ class TextBench:
 
     @cached_property
     def watchful(self) -> Path:
-        """Like `routed`, but its router notices new rows, whose weights are zero."""
+        """Like `routed`, but its router notices new rows, whose weights are less."""
         from twinmerge.recipe import Router
         from twinmerge.runtime.router.fit import fit_router
 

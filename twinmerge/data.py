@@ -170,6 +170,26 @@ def chat_of(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Chat:
     return Chat(tuple(asked), tuple(tools))
 
 
+def row_of(text: Text | Chat | str) -> Text | Chat:
+    """What callers may give for one input, a lone string as a text of one part."""
+    if isinstance(text, Chat):
+        return text
+    return (text,) if isinstance(text, str) else tuple(text)
+
+
+def segments(row: Text | Chat) -> Text:
+    """Its words, part by part, without roles."""
+    return row.text if isinstance(row, Chat) else row
+
+
+def json_of(text: Text | Chat | str) -> dict[str, Any]:
+    """A row that `text_of` reads back."""
+    row = row_of(text)
+    if isinstance(row, Chat):
+        return {"messages": list(row.messages), "tools": list(row.tools)}
+    return dict(zip(("text", "text_pair"), row, strict=False))
+
+
 def task_files(folder: Path, split: str) -> dict[str, Path]:
     """Task name -> file, for a folder of tasks."""
     if not folder.is_dir():

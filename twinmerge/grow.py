@@ -32,7 +32,7 @@ from .artifact.format import EXAMPLES, MANIFEST, RECIPE, ROUTER, Manifest, exper
 from .artifact.reader import Artifact
 from .artifact.tensorfile import record
 from .artifact.writer import explained, replace_text
-from .data import Chat, Text, sample, text_of
+from .data import Chat, Text, json_of, sample, text_of
 from .errors import RecipeError, RouterError
 from .merging.grow import cut_expert, summary, with_expert, without_expert
 from .recipe.model import Recipe
@@ -40,7 +40,6 @@ from .recipe.sections import Expert
 from .runtime.load import load, load_router
 from .runtime.model import TwinModel
 from .runtime.router.encoder import ENCODER
-from .runtime.router.fit import _as_json
 from .runtime.router.grow import Followed, grown, settled, shrunk
 from .runtime.router.store import CARD, STAGED, alone, of_router
 
@@ -322,7 +321,7 @@ def _examples(
     for name in after.names:
         if name == new:
             texts = _by_expert(rows, name).get(name, ())
-            found[name] = [_as_json(each) for each in sample(texts, count, 0)]
+            found[name] = [json_of(each) for each in sample(texts, count, 0)]
         else:
             found[name] = kept.get(name, [])
     return {name: each for name, each in found.items() if each}

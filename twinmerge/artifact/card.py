@@ -35,7 +35,7 @@ def model_card(manifest: Manifest) -> str:
             )
         if fitted.novelty is not None:
             router += (
-                f" Inputs that are unlike all experts' data get the shared expert alone: "
+                f" Inputs that are unlike all experts' data get less of the experts: "
                 f"{1 - fitted.novelty.coverage:.1%} of the experts' own would."
             )
     return f"""---

@@ -124,6 +124,8 @@ class NoveltyRecord(_Record):
 
     layers: tuple[int, ...]
     """Whose features are looked at."""
+    pooling: Literal["mean", "first", "last"]
+    """What is taken over the tokens there."""
     coverage: float
     """Share of calibration rows that stay below the threshold."""
     threshold: float

@@ -204,7 +204,7 @@ def _work_through(
     finished = told = len(part.lines)
     writer = _Writer(part, segments)
     try:
-        with _one_thread_each() as pool:
+        with one_thread_each() as pool:
             worker = Worker(plan, pool, alike)
             for done, tensor in enumerate(due[finished:], finished):
                 if progress:
@@ -213,7 +213,7 @@ def _work_through(
                     _prefetch(plan, ahead)
                 told = max(told, done + READ_AHEAD)
                 made = worker.do(tensor)
-                _check_sources(plan, tensor)
+                check_sources(plan, tensor)
                 writer.put(made)
         writer.finish()
     finally:
@@ -222,7 +222,7 @@ def _work_through(
         progress(len(due), len(due), "")
 
 
-def _check_sources(plan: Plan, tensor: Planned) -> None:
+def check_sources(plan: Plan, tensor: Planned) -> None:
     """Raise `CorruptCheckpoint` if a source of the tensor was written to while it was in work.
 
     Large tensors are the file itself: what they held when they were opened says nothing of now. A
@@ -244,7 +244,7 @@ def _prefetch(plan: Plan, tensor: Planned) -> None:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
     """Workers for one expert's matrix each, and one thread inside every operation.
 
     Sums inside an operation then add up in one order, so the bytes of an artifact do not depend on

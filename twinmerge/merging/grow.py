@@ -36,11 +36,11 @@ from ..recipe.sections import Exclusive, Expert
 from ..weightfiles import some
 from .blocks import merge_blocks
 from .budget import Key
-from .build import Progress, _check_sources, _one_thread_each
+from .build import Progress, check_sources, one_thread_each
 from .copies import tokenizer_warnings
-from .join import Finished, _choose_entries, _drift, _Pieces, _spend_budget, _write_expert
+from .join import Finished, Pieces, choose_entries, drift_of, spend_budget, write_expert
 from .journal import Line, Spool
-from .plan import Plan, _kind, make_plan
+from .plan import Plan, kind_of, make_plan
 from .planned import Planned
 from .stream import UNRELATED_DRIFT, Step, drift_warnings
 from .work import Done, Kept, Worker, cast
@@ -141,38 +141,38 @@ def _cut(
     check_space(artifact.folder, plan.expert_bytes() + plan.spool_bytes())
     shared = Checkpoint.open(str(artifact.folder))
     spool_path = path.with_suffix(".spool")
-    pieces: dict[Key, _Pieces] = {}
+    pieces: dict[Key, Pieces] = {}
     lines: list[Line] = []
     name = expert.name
     try:
         with HashedFile(spool_path) as file, open(spool_path, "rb") as reader:
             spool = Spool(file)
-            with _one_thread_each() as pool:
+            with one_thread_each() as pool:
                 worker = _Against(plan, pool, shared, manifest, instead)
                 for index, tensor in enumerate(plan.tensors):
                     if progress:
                         progress(index, len(plan.tensors), tensor.name)
                     done = worker.do(tensor)
-                    _check_sources(plan, tensor)
+                    check_sources(plan, tensor)
                     lines.append(_line(done))
                     if name in done.kept:
                         kept = done.kept[name]
                         parts = tuple(spool.add(s, part) for s, part in kept.tensors.items())
-                        pieces[tensor.key, name] = _Pieces(reader, parts, kept.share)
+                        pieces[tensor.key, name] = Pieces(reader, parts, kept.share)
                 odd = worker.warnings()
             if plan.keep.scope_all:
-                _choose_entries(plan, pieces, spool, reader)
+                choose_entries(plan, pieces, spool, reader)
             if plan.keep.budget is not None:
                 made = Finished(path.parent, lines)
-                _spend_budget(plan, {line.tensor: (made, line) for line in lines}, pieces)
-            record = _write_expert(plan, name, pieces, path)
+                spend_budget(plan, {line.tensor: (made, line) for line in lines}, pieces)
+            record = write_expert(plan, name, pieces, path)
     finally:
         spool_path.unlink(missing_ok=True)
         shared.close()
     if progress:
         progress(len(plan.tensors), len(plan.tensors), "")
     _refuse_twin(manifest, expert, record, instead)
-    drift = _drift(plan, lines)
+    drift = drift_of(plan, lines)
     source = plan.experts[0]
     reference = resolved(expert.model, Path.cwd())
     entry = expert.model_copy(update={"model": reference})
@@ -307,7 +307,7 @@ def _refuse_twin(manifest: Manifest, expert: Expert, file: FileRecord, instead: 
 def check_fits(manifest: Manifest, plan: Plan) -> None:
     """Raise `CheckpointError` or its kinds unless base and expert fit what the artifact holds."""
     expert, own = plan.experts[0], (plan.base.config.get("architectures") or ["AutoModel"])[0]
-    here, came = _kind(manifest.model_class, own), _kind(plan.model_class, own)
+    here, came = kind_of(manifest.model_class, own), kind_of(plan.model_class, own)
     if here and came and here != came:
         raise CheckpointError(
             f"expert '{expert.name}' ({expert.reference}) is a {plan.model_class}, the artifact's "

@@ -56,7 +56,7 @@ class Finished:
 
 
 @dataclass
-class _Pieces:
+class Pieces:
     """One expert's part of one tensor, and where it lies."""
 
     spool: BinaryIO
@@ -107,20 +107,20 @@ def join(
         id(part): open(part.folder / "experts.spool", "rb") for part in parts
     }
     try:
-        kept: dict[Key, _Pieces] = {}
+        kept: dict[Key, Pieces] = {}
         for tensor in plan.tensors:
             part, line = lines[tensor.key]
             for name, share in line.shares.items():
-                pieces = _Pieces(spools[id(part)], line.pieces.get(name, ()), share)
+                pieces = Pieces(spools[id(part)], line.pieces.get(name, ()), share)
                 kept[tensor.key, name] = pieces
         if plan.keep.scope_all:
             chosen = workspace.folder / "chosen.spool"
             with HashedFile(chosen) as file:
                 spools[0] = open(chosen, "rb")
-                _choose_entries(plan, kept, Spool(file), spools[0])
-        budget = _spend_budget(plan, lines, kept) if plan.keep.budget is not None else None
+                choose_entries(plan, kept, Spool(file), spools[0])
+        budget = spend_budget(plan, lines, kept) if plan.keep.budget is not None else None
         files = {
-            expert_file(name): _write_expert(plan, name, kept, whole / expert_file(name))
+            expert_file(name): write_expert(plan, name, kept, whole / expert_file(name))
             for name in names
         }
         if budget is not None:
@@ -134,7 +134,7 @@ def join(
         files[file] = _join_shard(whole / file, segments, lines)
     files |= copy_files(plan, whole, {file: [t for s in each for t in s.tensors]
                                       for file, each in shards.items()})  # fmt: skip
-    drift = _drift(plan, [line for _, line in lines.values()])
+    drift = drift_of(plan, [line for _, line in lines.values()])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         recipe=written.model_dump(mode="json", exclude_none=True),
@@ -185,7 +185,7 @@ def join(
     return manifest
 
 
-def _drift(plan: Plan, lines: Sequence[Line]) -> dict[str, float]:
+def drift_of(plan: Plan, lines: Sequence[Line]) -> dict[str, float]:
     """‖W_t - W_0‖ / ‖W_0‖ over all matrices, by expert."""
     # Added up in one order, whoever built which part: the same bits.
     ordered = sorted(lines, key=lambda line: line.tensor)
@@ -225,7 +225,7 @@ def _join_shard(
 # ------------------------------------------------------------------------------ experts' files
 
 
-def _write_expert(plan: Plan, name: str, kept: dict[Key, _Pieces], path: Path) -> FileRecord:
+def write_expert(plan: Plan, name: str, kept: dict[Key, Pieces], path: Path) -> FileRecord:
     """One expert's file: parts in the order of the tensors, the widest dtypes first."""
     found = []
     for tensor in plan.tensors:
@@ -239,8 +239,8 @@ def _write_expert(plan: Plan, name: str, kept: dict[Key, _Pieces], path: Path) -
         return writer.close()
 
 
-def _spend_budget(
-    plan: Plan, lines: dict[str, tuple[Finished, Line]], kept: dict[Key, _Pieces]
+def spend_budget(
+    plan: Plan, lines: dict[str, tuple[Finished, Line]], kept: dict[Key, Pieces]
 ) -> BudgetRecord:
     """Set the ranks in `kept` to what the budget buys; says what was bought and what it gained."""
     assert plan.keep.budget is not None
@@ -292,7 +292,7 @@ def _typical(ranks) -> int:
     return ordered[len(ordered) // 2] if ordered else 0
 
 
-def _fixed_bytes(plan: Plan, kept: dict[Key, _Pieces], candidates: dict) -> int:
+def _fixed_bytes(plan: Plan, kept: dict[Key, Pieces], candidates: dict) -> int:
     """What experts' files take without factors: vectors, heads, and the longest headers."""
     total = 0
     for name in (expert.name for expert in plan.experts):
@@ -308,7 +308,7 @@ def _fixed_bytes(plan: Plan, kept: dict[Key, _Pieces], candidates: dict) -> int:
     return total
 
 
-def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], spool: Spool, reader: BinaryIO) -> None:
+def choose_entries(plan: Plan, kept: dict[Key, Pieces], spool: Spool, reader: BinaryIO) -> None:
     """Replace whole differences in `kept` by the largest entries of all matrices of each expert.
 
     These go to `spool`, which `reader` reads.
@@ -329,7 +329,7 @@ def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], spool: Spool, reader: 
             start += delta.numel()
             check_part(entries.stored, entries.error, tensor, name)
             stored = entries.stored if entries.count else {}
-            kept[tensor.key, name] = _Pieces(
+            kept[tensor.key, name] = Pieces(
                 reader,
                 tuple(spool.add(suffix, part) for suffix, part in stored.items()),
                 Share(
@@ -345,7 +345,7 @@ def _choose_entries(plan: Plan, kept: dict[Key, _Pieces], spool: Spool, reader: 
 class _Row:
     """Many tensors of a spool as one row of entries, in blocks, as often as asked."""
 
-    tensors: Sequence[_Pieces]
+    tensors: Sequence[Pieces]
 
     def __iter__(self) -> Iterator[Tensor]:
         found = [(pieces, pieces.pieces[0]) for pieces in self.tensors]

@@ -379,7 +379,7 @@ def _model_class(base: Checkpoint, experts: list[Expert]) -> str:
                     f"names no task_type.\n  Set it to one of {', '.join(_ADAPTER_CLASSES)}."
                 )
             classes[expert.name] = _ADAPTER_CLASSES.get(str(task), own)
-    kinds = {cls: _kind(cls, own) for cls in classes.values()}
+    kinds = {cls: kind_of(cls, own) for cls in classes.values()}
     if len(set(kinds.values()) - {""}) > 1:
         listed = ", ".join(f"'{name}' is a {cls}" for name, cls in classes.items())
         raise CheckpointError(
@@ -389,7 +389,7 @@ def _model_class(base: Checkpoint, experts: list[Expert]) -> str:
     return min(kinds, key=lambda cls: (not kinds[cls], cls.startswith("Auto"), cls))
 
 
-def _kind(cls: str, own: str) -> str:
+def kind_of(cls: str, own: str) -> str:
     """`ForSequenceClassification` of `BertForSequenceClassification`; `` of `BertModel`."""
     found = re.search(r"For[A-Z]\w*$", cls)
     if found:

@@ -36,7 +36,7 @@ def answer_texts(
 
     `confidence` is the router's calibrated probability of its likeliest expert, absent where it was
     not asked (`task`). `new` is there, and true, where an input is unlike all experts' data: then
-    all weights are zero, the shared expert ran, and `expert` says whose head answered.
+    its weights sum below 1, down to 0 (the shared expert), and `expert` says whose head answered.
     `answer` is a label, a value (regression, then `score` is absent), or generated text. Chats
     (`data.chat_of`) are formatted by the tokenizer's template, for the router as for the answer.
     `top_k` and `threshold` are those of `TwinModel.forward`; with one of them, `dropped` says how
@@ -47,11 +47,11 @@ def answer_texts(
     limit = token_limit(model, max_tokens)
     generates = model.can_generate()
     if generates:
-        limit = min(limit, _prompt_room(model, max_new_tokens))
+        limit = min(limit, prompt_room(model, max_new_tokens))
     tokenizer = model.tokenizer
     if generates:
         # A decoder goes on from the last column; an encoder numbers positions from the first.
-        tokenizer.padding_side = "right" if _encodes(model) else "left"
+        tokenizer.padding_side = "right" if encodes(model) else "left"
     how = {"task": task, "allowed": allowed, "top_k": top_k, "threshold": threshold}
     for start in range(0, len(texts), batch_size):
         chunk = texts[start : start + batch_size]
@@ -67,10 +67,10 @@ def answer_texts(
             progress(start + len(chunk), len(texts), "")
 
 
-def _prompt_room(model: TwinModel, max_new_tokens: int) -> int:
+def prompt_room(model: TwinModel, max_new_tokens: int) -> int:
     """The most tokens that a prompt may have."""
     positions = known_positions(model)
-    if _encodes(model):
+    if encodes(model):
         return positions  # the answer has positions of its own
     if max_new_tokens >= positions:
         raise InputError(
@@ -80,7 +80,7 @@ def _prompt_room(model: TwinModel, max_new_tokens: int) -> int:
     return positions - max_new_tokens
 
 
-def _encodes(model: TwinModel) -> bool:
+def encodes(model: TwinModel) -> bool:
     """Whether an encoder reads the prompt, and a decoder writes the answer beside it."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
@@ -111,7 +111,7 @@ def _generated(
         do_sample=False,
         pad_token_id=model.tokenizer.pad_token_id,
     )
-    new = tokens if _encodes(model) else tokens[:, batch["input_ids"].shape[1] :]
+    new = tokens if encodes(model) else tokens[:, batch["input_ids"].shape[1] :]
     results = []
     texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
     for text, row, best in zip(texts, decided.weights, decided.expert.tolist(), strict=True):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..artifact.reader import Artifact
-from ..data import MESSAGES, Chat, Text, chat_of, encode, pad, text_of, token_limit
+from ..data import MESSAGES, Chat, Text, chat_of, encode, pad, segments, text_of, token_limit
 from ..errors import InputError, RouterError
-from .answer import _encodes, _prompt_room
+from .answer import encodes, prompt_room
 from .arguments import Allowed, Given
 from .base import load_base
 from .model import Decided, TwinModel, TwinOutput
@@ -257,7 +257,7 @@ def explain(
         )
     return Explanation(
         artifact=str(twin.folder),
-        text=list(given.text if isinstance(given, Chat) else given),
+        text=list(segments(given)),
         chat=isinstance(given, Chat),
         tokens=int(batch["input_ids"].shape[1]),
         truncated=cut,
@@ -277,13 +277,13 @@ def _encoded(
     twin: TwinModel, text: Text | Chat, max_tokens: int | None, max_new_tokens: int
 ) -> tuple[dict[str, Tensor], int, bool]:
     """One row of tensors, the most tokens it may have, and whether it was cut to these."""
-    words = text.text if isinstance(text, Chat) else text
+    words = segments(text)
     if not any(word.strip() for word in words):
         what = MESSAGES if isinstance(text, Chat) else "text"
         raise InputError(f"{what}: is empty; expected something to explain.")
     limit = token_limit(twin, max_tokens)
     if twin.can_generate():
-        limit = min(limit, _prompt_room(twin, max_new_tokens))
+        limit = min(limit, prompt_room(twin, max_new_tokens))
     encoded = encode(twin.tokenizer, [text], limit)
     batch = {k: v.to(twin.device) for k, v in pad(twin.tokenizer, encoded.rows).items()}
     if twin.can_generate():
@@ -352,7 +352,8 @@ def _routing(twin: TwinModel, said: Routed) -> Routing:
         novelty = Unlikeness(float(said.novelty[0]), look.threshold, list(look.layers), coverage)
     if new:
         head = f", with the head of {likeliest}" if twin.has_heads else ""
-        outcome = f"new: all weights are zero and the shared expert answers{head}"
+        left = float(said.weights[0].sum())
+        outcome = f"new: weights sum to {left:.2g}, the rest is the shared expert{head}"
     else:
         outcome = f"the weights are those of the router{_sharp(twin.router.sharpness)}"
     went = {} if record is None else record.confusion
@@ -458,7 +459,7 @@ def _texts(
     tokens = model.generate(
         **inputs, **more, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_id
     )
-    new = tokens if _encodes(twin) else tokens[:, inputs["input_ids"].shape[1] :]
+    new = tokens if encodes(twin) else tokens[:, inputs["input_ids"].shape[1] :]
     return [{"text": text} for text in twin.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 

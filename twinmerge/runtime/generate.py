@@ -251,7 +251,7 @@ def _routing(
     assert router is not None
 
     def then(features: Features) -> None:
-        own = {layer: each[::expanded] for layer, each in features.items()}
+        own = {key: each[::expanded] for key, each in features.items()}
         said = twin.routed_from(own, allowed)
         lasts = _lasts(twin, prompt, times, options)
         found.append(twin.decide(prompt, said=said, lasts=lasts))
@@ -260,7 +260,7 @@ def _routing(
     try:
         with (
             routed(None) as cell,
-            twin.features.watching(seen, router.wanted, then, router.pooling),
+            twin.features.watching(seen, router.wanted, then),
         ):
             if encodes and times > 1:
                 options = options | _encoded(twin, options)

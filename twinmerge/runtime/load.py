@@ -173,7 +173,8 @@ def load_router(artifact: Artifact) -> Router:
     if fitted.novelty is not None:
         width = fitted.width // max(len(fitted.layers), 1)
         widths = dict.fromkeys(fitted.novelty.layers, width)
-        novelty = Novelty(widths, experts, fitted.novelty.threshold)
+        look = fitted.novelty
+        novelty = Novelty(widths, experts, look.threshold, look.pooling)
     router = Router(
         empty(fitted.kind, fitted.width, experts, fitted.hidden),
         fitted.layers,

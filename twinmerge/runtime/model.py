@@ -65,7 +65,7 @@ class TwinOutput(ModelOutput):
              are found as attributes of this, too (`start_logits`, `last_hidden_state`, ...).
     dropped: (batch,), how much weight `top_k` and `threshold` left out; None if neither was given.
     routed:  what the router said (`Routed`: probabilities, novelty, whether a row is new and so ran
-             as the shared expert); None where it was not asked.
+             nearer to the shared expert); None where it was not asked.
     plan:    which way the batch ran, see `runtime.plan`.
     """
 
@@ -333,7 +333,7 @@ class TwinModel(nn.Module):
     def route(self, *, allowed: Allowed = None, **inputs: Any) -> Weights:
         """Routing weights of every row: (batch, expert), float32.
 
-        Rows sum to 1, or are zero where the input is unlike all experts' data. `routing` says more.
+        Rows sum to 1, or to less where the input is unlike all experts' data. `routing` says more.
         Raises `RouterError` if the artifact has no router.
         """
         return self.routing(allowed=allowed, **inputs).weights
@@ -359,7 +359,7 @@ class TwinModel(nn.Module):
         Raises `RouterError` where it makes nothing of them: NaN or infinity.
         """
         assert self.router is not None
-        features = {layer: found.to(self.device) for layer, found in features.items()}
+        features = {key: found.to(self.device) for key, found in features.items()}
         batch = len(next(iter(features.values())))
         said = self.router(features, allowed_experts(allowed, self.experts, batch, self.device))
         finite = torch.isfinite(said.probabilities).all(dim=-1) & torch.isfinite(said.novelty)
@@ -648,7 +648,7 @@ class TwinModel(nn.Module):
             found.append(self.decide(inputs, head=given["head"], **options, whole=True, said=said))
             cell.routing = found[0].routing
 
-        return self.features.watching(inputs, self.router.wanted, then, self.router.pooling)
+        return self.features.watching(inputs, self.router.wanted, then)
 
     def generate(
         self,

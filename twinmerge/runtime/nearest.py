@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data import Chat, Text, batches, encode, sample
+from ..data import Chat, Text, batches, encode, sample, segments
 from ..errors import InputError
 from .model import TwinModel
 from .router.features import Features
@@ -86,18 +86,18 @@ def nearest(
     found: list[Tensor] = []
     for indices, batch in batches(twin.tokenizer, encoded, _BATCH):
         read = router.read(twin, {key: value.to(twin.device) for key, value in batch.items()})
-        found.append(joined(read, router.layers).cpu())
+        found.append(joined(read, router.keys).cpu())
         order += indices
         if progress:
             progress("reading examples", len(order), len(rows))
     examples = torch.cat(found)[torch.tensor(order).argsort()]
-    distances = measured(router, joined(features, router.layers).cpu()[0], examples)
+    distances = measured(router, joined(features, router.keys).cpu()[0], examples)
     usual = usual_distance(router, examples) if len(rows) > 1 else None
     first = distances.argsort(stable=True)[:count].tolist()
     neighbours = []
     for index in first:
         name, text = rows[index]
-        words = text.text if isinstance(text, Chat) else text
+        words = segments(text)
         neighbours.append(Neighbour(name, float(distances[index]), words))
     return Nearest(tuple(neighbours), measure_of(router), usual, len(rows))
 

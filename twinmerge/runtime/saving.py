@@ -146,7 +146,7 @@ def _recorded(router: Router, record: RouterRecord | None) -> RouterRecord:
             "about it into the manifest. Fit one with twinmerge.fit_router(folder, texts)."
         )
     if novelty is not None and router.novelty is not None:
-        own = {"layers": router.novelty.layers, "threshold": router.novelty.threshold}
+        own = {name: getattr(router.novelty, name) for name in ("layers", "pooling", "threshold")}
         novelty = novelty.model_copy(update=own)
     now = router.as_recorded() | {
         "encoder": None if router.encoder is None else record.encoder,

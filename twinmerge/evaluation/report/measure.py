@@ -52,8 +52,12 @@ def heated(
 
 
 def entropy(weights: Float[Tensor, "row expert"]) -> float:
-    """Mean over rows, in nats; rows that are zero (new) are left out. 0 without others."""
+    """Of the shares in a row's sum (new rows have less than 1), mean over rows, in nats.
+
+    Rows that are zero are left out; 0 without others.
+    """
     kept = weights[weights.sum(dim=1) > 0].double()
+    kept = kept / kept.sum(dim=1, keepdim=True)
     return float(torch.special.entr(kept).sum(dim=1).mean()) if len(kept) else 0.0
 
 

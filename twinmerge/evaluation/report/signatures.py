@@ -239,7 +239,7 @@ def too_many_new(new: Mapping[str, float], coverage: float) -> Signature | None:
         "too-many-new",
         "Known inputs taken for new",
         f"At {coverage:.0%} coverage about {1 - coverage:.0%} should be; of these it is more: "
-        f"{', '.join(bad)}. Such rows get the shared expert.",
+        f"{', '.join(bad)}. Such rows get less of their expert.",
         "These rows are unlike those that the router was fitted on: fit it on rows like them, or "
         "with a higher `--coverage` (1: never).",
     )

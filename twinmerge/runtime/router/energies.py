@@ -20,7 +20,7 @@ from ...errors import UnsupportedModel
 from ..layers.affine import Affine
 from ..parts.factors import Factors
 from ..parts.packed import Packed
-from .features import FeatureReader, Features
+from .features import FeatureReader, Features, keys
 
 
 class EnergyReader:
@@ -39,8 +39,8 @@ class EnergyReader:
         mask = inputs.get("attention_mask")
         sums: dict[int, list[Tensor]] = {block: [] for block in blocks}
         with self._watching(sums, mask):
-            self.features.read(inputs, [max(blocks)])
-        return {block: torch.stack(found).mean(dim=0) for block, found in sums.items()}
+            self.features.read(inputs, keys([max(blocks)]))
+        return {(block, "mean"): torch.stack(found).mean(dim=0) for block, found in sums.items()}
 
     @contextmanager
     def _watching(self, sums: dict[int, list[Tensor]], mask: Tensor | None) -> Iterator[None]:

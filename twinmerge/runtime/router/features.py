@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,10 +25,19 @@ from torch import Tensor, nn
 from ...errors import InputError, UnsupportedModel
 from ..routing import routed
 
-Features = dict[int, Float[Tensor, "batch width"]]
-"""By layer, float32."""
-
 Pooling = Literal["mean", "first", "last"]
+
+Key = tuple[int, Pooling]
+"""A layer, and what is taken over the tokens there."""
+
+Features = dict[Key, Float[Tensor, "batch width"]]
+"""Float32."""
+
+
+def keys(layers: Iterable[int], pooling: Pooling = "mean") -> tuple[Key, ...]:
+    """The same of several layers."""
+    return tuple((layer, pooling) for layer in layers)
+
 
 _COUNTS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "n_layer")
 """What configurations call the number of their blocks."""
@@ -41,9 +50,8 @@ class _Enough(Exception):
 @dataclass
 class _Collector:
     tower: _Tower
-    wanted: set[int]
+    wanted: set[Key]
     mask: Tensor | None
-    pooling: Pooling
     then: Callable[[Features], None] | None
     """Called once when all is known, and the forward goes on; None: the forward ends there."""
     found: Features = field(default_factory=dict)
@@ -52,8 +60,9 @@ class _Collector:
     def take(self, tower: _Tower, layer: int, hidden: Any) -> None:
         if self.done or tower is not self.tower:
             return
-        if layer in self.wanted:
-            self.found[layer] = pooled(hidden, self.mask, self.pooling)
+        for key in self.wanted:
+            if key[0] == layer:
+                self.found[key] = pooled(hidden, self.mask, key[1])
         if len(self.found) == len(self.wanted):
             self.done = True
             if self.then is None:
@@ -159,10 +168,8 @@ class FeatureReader:
         return len(self.blocks)
 
     @torch.no_grad()
-    def read(
-        self, inputs: Mapping[str, Tensor], layers: Sequence[int], pooling: Pooling = "mean"
-    ) -> Features:
-        """Features at each of `layers`, float32, under the shared expert alone.
+    def read(self, inputs: Mapping[str, Tensor], wanted: Iterable[Key]) -> Features:
+        """Features as `wanted`, float32, under the shared expert alone.
 
         They do not depend on the batch, nor on padding; for decoders that generate, also not on
         the side of it. Raises `InputError` for layers that the model does not have.
@@ -173,7 +180,7 @@ class FeatureReader:
         taken = inspect.signature(module.forward).parameters
         if module is not self.model:
             inputs = {key: value for key, value in inputs.items() if key in taken}
-        with routed(None), self._collecting(tower, inputs, layers, pooling, None) as collector:
+        with routed(None), self._collecting(tower, inputs, wanted, None) as collector:
             try:
                 module._call_impl(**inputs)  # not as it may be compiled: it ends on the way
             except _Enough:
@@ -184,16 +191,15 @@ class FeatureReader:
     def watching(
         self,
         inputs: Mapping[str, Tensor],
-        layers: Sequence[int],
+        wanted: Iterable[Key],
         then: Callable[[Features], None],
-        pooling: Pooling = "mean",
     ) -> Iterator[None]:
-        """Within it, a forward of the model calls `then` once, as soon as `layers` are known.
+        """Within it, a forward of the model calls `then` once, as soon as all `wanted` is known.
 
-        Before the block after the last of them, that is. `inputs` are those of the forward.
+        Before the block after the last layer of it, that is. `inputs` are those of the forward.
         """
         tower = self._tower(inputs)
-        with self._collecting(tower, inputs, layers, pooling, then) as collector:
+        with self._collecting(tower, inputs, wanted, then) as collector:
             yield
         self._all(collector)
 
@@ -223,18 +229,18 @@ class FeatureReader:
         self,
         tower: _Tower,
         inputs: Mapping[str, Any],
-        layers: Sequence[int],
-        pooling: Pooling,
+        wanted: Iterable[Key],
         then: Callable[[Features], None] | None,
     ) -> Iterator[_Collector]:
         count = len(tower.blocks)
-        wrong = [layer for layer in layers if not 0 <= layer <= count]
+        wanted = set(wanted)
+        wrong = sorted(layer for layer, _ in wanted if not 0 <= layer <= count)
         if wrong:
             raise InputError(
-                f"router layer {wrong[0]}: this model has layers 0 (the embeddings) to {count}."
+                f"router layer {wrong[-1]}: this model has layers 0 (the embeddings) to {count}."
             )
         mask = inputs.get("attention_mask") if tower.given != "pixel_values" else None
-        collector = _Collector(tower, set(layers), mask, pooling, then)
+        collector = _Collector(tower, wanted, mask, then)
         before, _CURRENT.collector = _CURRENT.collector, collector
         try:
             yield collector
@@ -242,7 +248,7 @@ class FeatureReader:
             _CURRENT.collector = before
 
     def _all(self, collector: _Collector) -> Features:
-        missing = sorted(collector.wanted - set(collector.found))
+        missing = sorted(layer for layer, _ in collector.wanted - set(collector.found))
         if missing:
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: a forward did not come past layer {missing[0]}, so "

@@ -20,7 +20,18 @@ from torch import Tensor, nn
 
 from ...artifact.format import NoveltyRecord, RouterRecord
 from ...artifact.reader import Artifact
-from ...data import Chat, Encoded, Text, batches, encode, sample, token_limit
+from ...data import (
+    Chat,
+    Encoded,
+    Text,
+    batches,
+    encode,
+    json_of,
+    row_of,
+    sample,
+    segments,
+    token_limit,
+)
 from ...errors import InputError
 from ...recipe import Router as Settings
 from ..load import load
@@ -28,11 +39,11 @@ from ..model import TwinModel
 from .calibration import Sharpness, calibration_error, fit_temperature, sharpened
 from .choosing import Fitted, compare, layer_sets, train
 from .encoder import TextEncoder
-from .features import Features
-from .novelty import Novelty, learnt, noticed_when_left_out
+from .features import Features, Key, Pooling, keys
+from .novelty import learnt
 from .router import Router, joined
 from .scorers import NOTHING, Fixed, Projection
-from .splitting import Parts, alike, divide
+from .splitting import Parts, alike, crossed, divide
 from .store import alone, store_router, stored
 
 __all__ = ["fit_router", "store_router"]
@@ -48,8 +59,13 @@ SHARPENED_ROWS = 96
 """Held-out rows on which `sharpness: auto` compares answers, all experts together."""
 SMALL = 1024
 """Widths up to which several layers are looked at to tell new inputs."""
+LOOKED = 5
+"""Layers, at most: two matrices of each are stored."""
 LEFT_OUT = 64
 """Times that lines are left out to see whether they would reach their own expert."""
+CROSSED = 500
+"""Held-out rows below which routers are compared on all rows but the calibrating, by turns."""
+FOLDS = 5
 CONFUSED = 0.1
 """Share of an expert's held-out rows that go to one other from which both are named."""
 
@@ -138,7 +154,7 @@ class RouterFit:
         if texts is None or count == 0:
             return {}
         return {
-            expert: [_as_json(each) for each in sample(texts[expert], count, self.settings.seed)]
+            expert: [json_of(each) for each in sample(texts[expert], count, self.settings.seed)]
             for expert in self.experts
         }
 
@@ -155,7 +171,7 @@ class RouterFit:
     def _projection(self, rows: _Rows | None) -> tuple[Router, RouterRecord]:
         blocks = self._blocks()
         scorer = Projection(len(blocks) * self.count, self.count)
-        usual = joined(self.model.energies.read(self._made_up(), blocks), blocks)
+        usual = joined(self.model.energies.read(self.made_up(), blocks), keys(blocks))
         scorer.usual.copy_(usual.mean(dim=0))
         scorer.spread.copy_(usual.std(dim=0).clamp(min=1e-6))
         router = Router(scorer, blocks, kind="projection")
@@ -164,13 +180,13 @@ class RouterFit:
             router.sharpness = self._asked_sharpness(1.0)
             return router, self._record(router, None, reason="asked for")
         self._check_enough(rows)
-        logits = router.logits(self._features(rows, blocks))
-        return router, self._calibrate_projection(router, logits, rows, self._divided(rows))
+        logits = router.logits(self._features(rows, keys(blocks)))
+        return router, self._calibrate_projection(router, logits, rows)
 
     def _prompts(self, rows: _Rows) -> tuple[Router, RouterRecord]:
         layers = self._only_layers()
-        features = self._features(rows, layers)
-        x = joined(features, layers)
+        features = self._features(rows, self._keys(layers))
+        x = joined(features, self._keys(layers))
         every = torch.arange(len(rows.truth))
         scorer, _ = train("prompts", x, rows.truth, every, self.count, self.settings)
         router = self._router(scorer, layers, "prompts")
@@ -187,32 +203,36 @@ class RouterFit:
         router.sharpness = self._asked_sharpness(1.0)
         record = self._record(router, rows, reason="asked for", counted=every)
         if logits is not None:  # each line by a router that has not seen it
-            record = record.model_copy(
-                update=self._held_out(logits, router.temperature, rows.truth)
-            )
+            scaled = logits / router.temperature
+            record = record.model_copy(update=self._held_out(logits, scaled, rows.truth))
         return router, record.model_copy(update={"warnings": self._odd(rows, record)})
 
     def _learnt(self, rows: _Rows) -> tuple[Router, RouterRecord]:
         self._check_enough(rows)
         sets = self._sets()
-        wanted = {layer for layers in sets for layer in layers}
+        wanted = {key for layers in sets for key in self._keys(layers)}
         if self.settings.encoder is None and self.settings.coverage < 1:
-            wanted |= {0}  # on the way of any, and there new words are noticed
-        features = self._features(rows, tuple(sorted(wanted)))
+            wanted |= {key for layers in sets for look in self._looks(layers) for key in look}
+        features = self._features(rows, sorted(wanted))
         if self.settings.layer == "auto":
-            sets = _telling(sets, features)
-        parts = self._divided(rows)
+            sets = self._telling(sets, features)
+        parts, pairs = self._divided(rows)
 
         def step(done: int, total: int) -> None:
             self.say("comparing routers", done, total)
 
+        own_pooling = self.settings.pooling
+        by_layer = {layer: x for (layer, how), x in features.items() if how == own_pooling}
         tried, fitted, reason = compare(
-            features, rows.truth, parts, self.count, sets, self.settings, step
+            by_layer, rows.truth, parts.calibration, pairs, self.count, sets, self.settings, step
         )
-        router = self._router(fitted.scorer, fitted.layers, fitted.kind)
-        router.temperature = fitted.temperature
-        router.novelty, noticed = self._novelty(features, rows.truth, parts, fitted.layers)
-        record = self._record(router, rows, reason=reason, counted=parts.train)
+        held = torch.cat([scored for _, scored in pairs])
+        refit = self.settings.refit
+        own = torch.cat([parts.train, parts.held_out]) if refit else parts.train
+        router = self._trained(fitted, features, rows.truth, own, parts.calibration)
+        router.sharpness = self._sharpness(rows, held, fitted.scaled)
+        noticed = self._learn_new(router, features, rows.truth, own, parts.calibration)
+        record = self._record(router, rows, reason=reason, counted=own)
         record = record.model_copy(
             update={
                 "tried": tuple(
@@ -220,45 +240,41 @@ class RouterFit:
                     for each in tried
                 ),
                 "epoch": fitted.epoch,
+                "refitted": refit,
                 "calibration_rows": len(parts.calibration),
-                **self._held_out(fitted.logits, fitted.temperature, rows.truth[parts.held_out]),
+                **self._held_out(fitted.logits, fitted.scaled, rows.truth[held]),
             }
         )
-        scaled = fitted.logits / fitted.temperature
-        router.sharpness = self._sharpness(rows, parts.held_out, scaled)
-        if self.settings.refit:
-            router = self._refitted(router, fitted, features, rows.truth, parts)
-            counted = torch.cat([parts.train, parts.held_out])
-            record = record.model_copy(update={"refitted": True, "rows": self._per(rows, counted)})
         novelty = None
         if router.novelty is not None:
             novelty = NoveltyRecord(
                 layers=router.novelty.layers,
+                pooling=router.novelty.pooling,
                 coverage=self.settings.coverage,
                 threshold=router.novelty.threshold,
                 noticed=noticed,
             )
         warnings = self._odd(rows, record)
-        return router, record.model_copy(
-            update=router.as_recorded() | {"novelty": novelty, "warnings": warnings}
-        )
+        return router, record.model_copy(update={"novelty": novelty, "warnings": warnings})
 
     # ------------------------------------------------------------------ pieces of them
 
     def _calibrate_projection(
-        self, router: Router, logits: Float[Tensor, "row expert"], rows: _Rows, parts: Parts
+        self, router: Router, logits: Float[Tensor, "row expert"], rows: _Rows
     ) -> RouterRecord:
         """A router that learnt nothing, with its temperature and sharpness set on rows."""
+        parts, _ = self._divided(rows)
         truth, held = rows.truth, parts.held_out
         calibration = torch.cat([parts.train, parts.calibration])
         router.temperature = self._asked_temperature(
             fit_temperature(logits[calibration], truth[calibration])
         )
-        router.sharpness = self._sharpness(rows, held, logits[held] / router.temperature)
+        scaled = logits[held] / router.temperature
+        router.sharpness = self._sharpness(rows, held, scaled)
         record = self._record(router, rows, reason="asked for", counted=calibration[:0])
         record = record.model_copy(
             update={"calibration_rows": len(calibration)}
-            | self._held_out(logits[held], router.temperature, truth[held])
+            | self._held_out(logits[held], scaled, truth[held])
         )
         return record.model_copy(update={"warnings": self._odd(rows, record)})
 
@@ -275,14 +291,14 @@ class RouterFit:
             known = ", ".join(self.experts)
             raise InputError(f"rows for '{extra[0]}', but no such expert. Known: {known}.")
         rows = [
-            (index, _item(text))
+            (index, row_of(text))
             for index, expert in enumerate(self.experts)
             for text in sample(texts[expert], self.settings.rows_per_task, self.settings.seed)
         ]
         found = [text for _, text in rows]
         encoded = encode(self.model.tokenizer, found, self.limit)
         for place, (index, text) in enumerate(rows):
-            if not encoded.rows[place]["input_ids"] or not "".join(_said(text)).strip():
+            if not encoded.rows[place]["input_ids"] or not "".join(segments(text)).strip():
                 raise InputError(
                     f"expert '{self.experts[index]}': a row has no text, got {text!r:.80}. A "
                     "router learns nothing from it: remove it."
@@ -301,7 +317,7 @@ class RouterFit:
     def _sets(self) -> list[tuple[int, ...]]:
         if self.settings.encoder is not None:
             return [(0,)]
-        width = getattr(self.model.model.config, "hidden_size", None) or 1 << 30
+        width = self._width or 1 << 30
         return layer_sets(self.model.features.layers, width, self.settings.layer)
 
     def _only_layers(self) -> tuple[int, ...]:
@@ -324,7 +340,7 @@ class RouterFit:
             )
         return blocks
 
-    def _made_up(self) -> dict[str, Tensor]:
+    def made_up(self) -> dict[str, Tensor]:
         """Inputs of random tokens: what an input that says nothing gives."""
         tokenizer = self.model.tokenizer
         draw = torch.Generator().manual_seed(self.settings.seed)
@@ -352,30 +368,66 @@ class RouterFit:
             encoder=self._encoder,
         )
 
-    def _features(self, rows: _Rows, layers: Sequence[int]) -> Features:
-        parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    def _keys(self, layers: Sequence[int]) -> tuple[Key, ...]:
+        return keys(layers, self.settings.pooling)
+
+    def _looks(self, layers: Sequence[int]) -> list[tuple[Key, ...]]:
+        """Features by which new inputs may be told, up to the last of the layers that route.
+
+        They are on the way of these. The last token's first: what it has of a text is more unlike
+        for another format than the mean over tokens is.
+        """
+        if self.settings.encoder is not None:
+            return [self._keys(layers)]
+        last = max(layers)
+        looked = sorted({round(last * part / (LOOKED - 1)) for part in range(LOOKED)})
+        if (self._width or SMALL + 1) > SMALL:
+            looked = [last]
+        poolings: tuple[Pooling, ...] = ("last", "mean")
+        return [keys(looked, pooling) for pooling in poolings]
+
+    @property
+    def _width(self) -> int | None:
+        return getattr(self.model.model.config, "hidden_size", None)
+
+    def _telling(self, sets: list[tuple[int, ...]], features: Features) -> list[tuple[int, ...]]:
+        """Without those that name a layer which says the same of every row.
+
+        The embedding of the first token is such a layer. All of them if none is left: then trying
+        says what is wrong.
+        """
+        found = [each for each in sets if all(_tells(features[key]) for key in self._keys(each))]
+        return found or sets
+
+    def _features(self, rows: _Rows, wanted: Sequence[Key]) -> Features:
+        parts: dict[Key, list[Tensor]] = {key: [] for key in wanted}
         order: list[int] = []
         total, tokenizer = len(rows.texts), self.model.tokenizer
         for indices, batch in batches(tokenizer, rows.encoded, FEATURE_BATCH):
             self.say("reading features", len(order), total)
-            found = self._read({k: v.to(self.model.device) for k, v in batch.items()}, layers)
-            for layer in layers:
-                parts[layer].append(found[layer].cpu())
+            found = self._read({k: v.to(self.model.device) for k, v in batch.items()}, wanted)
+            for key in wanted:
+                parts[key].append(found[key].cpu())
             order += indices
         self.say("reading features", total, total)
         back = torch.tensor(order).argsort()
-        return {layer: torch.cat(parts[layer])[back] for layer in layers}
+        return {key: torch.cat(parts[key])[back] for key in wanted}
 
-    def _read(self, inputs: dict[str, Tensor], layers: Sequence[int]) -> Features:
+    def _read(self, inputs: dict[str, Tensor], wanted: Sequence[Key]) -> Features:
         if self._encoder is not None:
-            return {0: self._encoder.read(inputs)}
+            return {(0, self.settings.pooling): self._encoder.read(inputs)}
         if self.settings.kind == "projection":
-            return self.model.energies.read(inputs, layers)
-        return self.model.features.read(inputs, layers, self.settings.pooling)
+            return self.model.energies.read(inputs, [layer for layer, _ in wanted])
+        return self.model.features.read(inputs, wanted)
 
-    def _divided(self, rows: _Rows) -> Parts:
-        shares = self.settings.calibration, self.settings.held_out
-        return divide(alike(rows.texts), rows.truth, self.experts, shares, self.settings.seed)
+    def _divided(self, rows: _Rows) -> tuple[Parts, list[tuple[Tensor, Tensor]]]:
+        """And what routers that are compared train on and are scored on."""
+        shares, seed = (self.settings.calibration, self.settings.held_out), self.settings.seed
+        groups = alike(rows.texts)
+        parts = divide(groups, rows.truth, self.experts, shares, seed)
+        if not self.settings.refit or len(parts.held_out) >= CROSSED:
+            return parts, [(parts.train, parts.held_out)]
+        return parts, crossed(parts, groups, rows.truth, FOLDS, seed)
 
     def _left_out(
         self, x: Float[Tensor, "row width"], truth: Int[Tensor, " row"]
@@ -392,56 +444,60 @@ class RouterFit:
             logits[left] = scorer(x[left])
         return logits
 
-    def _novelty(
-        self, features: Features, truth: Tensor, parts: Parts, layers: tuple[int, ...]
-    ) -> tuple[Novelty | None, dict[str, float]]:
-        """What notices new inputs, and what it notices of experts that it does not know."""
-        # Of one expert alone the relative distance is zero for every row.
-        if self.settings.coverage >= 1 or self.count == 1:
-            return None, {}
-        usable = [max(layers)]
-        if features[usable[0]].shape[1] <= SMALL:
-            usable = sorted({0, *layers})
-        train, check = (
-            {layer: features[layer][rows] for layer in usable}
-            for rows in (parts.train, parts.calibration)
-        )
-        kept = [layer for layer, x in train.items() if not bool((x == x[0]).all())]
-        train, check = ({layer: found[layer] for layer in kept} for found in (train, check))
-        own, other, coverage = truth[parts.train], truth[parts.calibration], self.settings.coverage
-        self.say("learning what is new", 0, 1)
-        noticed: list[float] = []
-        if self.count > 2:
-            noticed = noticed_when_left_out(train, own, check, other, self.count, coverage)
-        novelty = learnt(train, own, check, self.count, coverage)
-        self.say("learning what is new", 1, 1)
-        return novelty, dict(zip(self.experts, noticed, strict=False))
-
-    def _refitted(
-        self, router: Router, fitted: Fitted, features: Features, truth: Tensor, parts: Parts
+    def _trained(
+        self,
+        fitted: Fitted,
+        features: Features,
+        truth: Tensor,
+        own: Int[Tensor, " own"],
+        calibration: Int[Tensor, " calibration"],
     ) -> Router:
-        """The same router, trained on all rows but those that calibrate it.
+        """The router that is stored: trained on the rows `own`, calibrated on others.
 
         These stay apart: what was set on a router of fewer rows does not fit one of more. Where
         features are as wide as there are rows, logits and distances shrink as rows are added.
         """
-        x, rows = joined(features, fitted.layers), torch.cat([parts.train, parts.held_out])
+        x = joined(features, self._keys(fitted.layers))
         scorer, _ = train(
-            fitted.kind, x, truth, rows, self.count, self.settings, epochs=fitted.epoch
+            fitted.kind, x, truth, own, self.count, self.settings, epochs=fitted.epoch
         )
-        again = self._router(scorer, router.layers, router.kind)
+        router = self._router(scorer, fitted.layers, fitted.kind)
         with torch.no_grad():
-            logits = scorer.eval()(x[parts.calibration])
-        found = fit_temperature(logits, truth[parts.calibration])
-        again.temperature = self._asked_temperature(found)
-        again.sharpness = router.sharpness
-        if router.novelty is not None:
-            own, check = (
-                {layer: features[layer][chosen] for layer in router.novelty.layers}
-                for chosen in (rows, parts.calibration)
-            )
-            again.novelty = learnt(own, truth[rows], check, self.count, self.settings.coverage)
-        return again
+            found = fit_temperature(scorer(x[calibration]), truth[calibration])
+        router.temperature = self._asked_temperature(found)
+        return router
+
+    def _learn_new(
+        self,
+        router: Router,
+        features: Features,
+        truth: Tensor,
+        own: Int[Tensor, " own"],
+        calibration: Int[Tensor, " calibration"],
+    ) -> dict[str, float]:
+        """Has it notice new inputs. Returns what it would notice of experts it does not know."""
+        # Of one expert alone the relative distance is zero for every row.
+        if self.settings.coverage >= 1 or self.count == 1:
+            return {}
+        looks = [
+            tuple(key for key in look if _tells(features[key]))
+            for look in self._looks(router.layers)
+        ]
+        looks = [look for look in looks if look]
+        wanted = {key for look in looks for key in look}
+        known, check = ({key: features[key][rows] for key in wanted} for rows in (own, calibration))
+        self.say("learning what is new", 0, 1)
+        router.novelty, noticed = learnt(
+            known,
+            truth[own],
+            check,
+            truth[calibration],
+            self.count,
+            self.settings.coverage,
+            looks,
+        )
+        self.say("learning what is new", 1, 1)
+        return dict(zip(self.experts, noticed, strict=False))
 
     def _asked_temperature(self, found: float) -> float:
         asked = self.settings.temperature
@@ -527,13 +583,16 @@ class RouterFit:
         return dict(zip(self.experts, counts, strict=True))
 
     def _held_out(
-        self, logits: Float[Tensor, "held expert"], temperature: float, truth: Int[Tensor, " held"]
+        self,
+        logits: Float[Tensor, "held expert"],
+        scaled: Float[Tensor, "held expert"],
+        truth: Int[Tensor, " held"],
     ) -> dict[str, Any]:
         guess = logits.argmax(dim=1)
         return {
             "held_out_rows": len(truth),
             "held_out_accuracy": float((guess == truth).double().mean()),
-            "calibration_error": calibration_error((logits / temperature).softmax(dim=1), truth),
+            "calibration_error": calibration_error(scaled.softmax(dim=1), truth),
             "uncalibrated_error": calibration_error(logits.softmax(dim=1), truth),
             "confusion": confusion(truth, guess, self.experts),
         }
@@ -543,7 +602,7 @@ class RouterFit:
         told = []
         own: dict[str, set[int]] = {}
         for text, expert in zip(rows.texts, rows.truth.tolist(), strict=True):
-            own.setdefault("\t".join(_said(text)).lower(), set()).add(expert)
+            own.setdefault("\t".join(segments(text)).lower(), set()).add(expert)
         twice: dict[tuple[int, ...], int] = {}
         for experts in own.values():
             if len(experts) > 1:
@@ -566,14 +625,9 @@ class RouterFit:
         return tuple(told)
 
 
-def _telling(sets: list[tuple[int, ...]], features: Features) -> list[tuple[int, ...]]:
-    """Without those that name a layer which says the same of every row.
-
-    The embedding of the first token is such a layer. All of them if none is left: then trying says
-    what is wrong.
-    """
-    same = {layer for layer, x in features.items() if bool((x == x[0]).all())}
-    return [each for each in sets if not same & set(each)] or sets
+def _tells(features: Float[Tensor, "row width"]) -> bool:
+    """Whether they are not the same for every row."""
+    return bool((features != features[0]).any())
 
 
 class _Answers:
@@ -599,24 +653,6 @@ class _Answers:
 def _apart(one: Tensor | None, other: Tensor) -> Float[Tensor, " batch"]:
     assert one is not None
     return (one.double() - other.double()).square().sum(dim=1)
-
-
-def _item(text: Text | Chat | str) -> Text | Chat:
-    if isinstance(text, Chat):
-        return text
-    return (text,) if isinstance(text, str) else tuple(text)
-
-
-def _as_json(text: Text | Chat | str) -> Any:
-    """A row that `data.text_of` reads back."""
-    item = _item(text)
-    if isinstance(item, Chat):
-        return {"messages": list(item.messages), "tools": list(item.tools)}
-    return dict(zip(("text", "text_pair"), item, strict=False))
-
-
-def _said(text: Text | Chat) -> Text:
-    return text.text if isinstance(text, Chat) else text
 
 
 def confusion(

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ...artifact.format import RouterRecord
-from ...data import Chat, Text, batches, encode, sample, token_limit
+from ...data import Chat, Text, batches, encode, row_of, sample, segments, token_limit
 from ...errors import InputError, RouterError, UnsupportedModel, first_line
 from ...recipe import Router as Settings
 from ..model import TwinModel
 from .encoder import ENCODER
-from .features import Features
-from .fit import FEATURE_BATCH, FEWEST, Progress, RouterFit, _item, _said
+from .features import Features, Key
+from .fit import FEATURE_BATCH, FEWEST, Progress, RouterFit
 from .novelty import Novelty
 from .router import Router, joined
 from .scorers import NOTHING, empty
@@ -157,10 +157,10 @@ def _projected(
 ) -> Followed:
     """Usual shares and their spread, of `name` anew; of all where other layers are read now."""
     settings = Settings(kind="projection", seed=record.seed)
-    inputs = RouterFit(model, settings, None, None)._made_up()
+    inputs = RouterFit(model, settings, None, None).made_up()
     count, place = len(model.experts), None if name is None else model.experts.index(name)
     try:
-        found = joined(model.energies.read(inputs, router.layers), router.layers)
+        found = joined(model.energies.read(inputs, router.layers), router.keys)
     except UnsupportedModel as problem:
         return _out(record, f"with these experts it cannot be read: {first_line(problem)}")
     now = {
@@ -237,7 +237,7 @@ class _Prototypes:
         self.settings = _settings(model)
 
     def grown(self, texts: Texts, examples: Mapping[str, Texts]) -> Followed:
-        rows = [_item(t) for t in sample(texts, self.settings.rows_per_task, self.record.seed)]
+        rows = [row_of(t) for t in sample(texts, self.settings.rows_per_task, self.record.seed)]
         features = self._features(rows, f"expert '{self.name}'")
         train, held = self._divided(rows)
         learnt = self._with_mean(features, train)
@@ -288,21 +288,21 @@ class _Prototypes:
         limit = token_limit(self.model, self.record.max_tokens)
         encoded = encode(self.model.tokenizer, rows, limit)
         for text, row in zip(rows, encoded.rows, strict=True):
-            if not row["input_ids"] or not "".join(_said(text)).strip():
+            if not row["input_ids"] or not "".join(segments(text)).strip():
                 raise InputError(
                     f"{whose}: a row has no text, got {text!r:.80}. A router learns nothing from "
                     "it: remove it."
                 )
-        found: dict[int, list[Tensor]] = {}
+        found: dict[Key, list[Tensor]] = {}
         order: list[int] = []
         for indices, batch in batches(self.model.tokenizer, encoded, FEATURE_BATCH):
             self.say("reading features", len(order), len(rows))
             inputs = {key: value.to(self.model.device) for key, value in batch.items()}
-            for layer, each in self.router.read(self.model, inputs).items():
-                found.setdefault(layer, []).append(each.cpu())
+            for key, each in self.router.read(self.model, inputs).items():
+                found.setdefault(key, []).append(each.cpu())
             order += indices
         back = torch.tensor(order).argsort()
-        features = {layer: torch.cat(each)[back] for layer, each in found.items()}
+        features = {key: torch.cat(each)[back] for key, each in found.items()}
         if not all(bool(each.isfinite().all()) for each in features.values()):
             raise InputError(
                 f"{whose}: NaN or infinity in the shared expert's hidden states for its rows. "
@@ -330,13 +330,11 @@ class _Prototypes:
             return x[chosen].double().mean(dim=0).float()
 
         new = {
-            "means": mean(joined(features, self.router.layers)),
+            "means": mean(joined(features, self.router.keys)),
             "counts": torch.tensor(float(len(chosen))),
         }
         if self.router.novelty is not None:
-            new |= {
-                novelty_means(layer): mean(features[layer]) for layer in self.router.novelty.layers
-            }
+            new |= {novelty_means(key[0]): mean(features[key]) for key in self.router.novelty.keys}
         return _with_rows(
             self.router,
             lambda name, rows: _inserted(rows, new[name], self.place),
@@ -344,7 +342,7 @@ class _Prototypes:
         )
 
     def _measured(self, router: Router, features: Features, held: Tensor) -> dict[str, Any]:
-        routed = router({layer: each[held] for layer, each in features.items()})
+        routed = router({key: each[held] for key, each in features.items()})
         chosen = routed.probabilities.argmax(dim=-1).tolist()
         counts = {e: chosen.count(i) for i, e in enumerate(self.model.experts) if i in chosen}
         return {
@@ -360,7 +358,7 @@ class _Prototypes:
         for expert, texts in examples.items():
             if expert == self.name or not len(texts):
                 continue
-            features = self._features([_item(text) for text in texts], f"examples of '{expert}'")
+            features = self._features([row_of(text) for text in texts], f"examples of '{expert}'")
             now = router(features).probabilities.argmax(dim=-1)
             moved[expert] = int((now == self.place).sum()), len(texts)
         return moved
@@ -397,7 +395,7 @@ def _with_rows(router: Router, change: Change, experts: int) -> Router:
     if before is not None:
         means = {layer: before.at(layer).means for layer in before.layers}
         widths = {layer: found.shape[1] for layer, found in means.items()}
-        novelty = Novelty(widths, experts, before.threshold)
+        novelty = Novelty(widths, experts, before.threshold, before.pooling)
         changed_means = {
             f"distances.{layer}.means": change(novelty_means(layer), found)
             for layer, found in means.items()

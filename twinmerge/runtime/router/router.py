@@ -1,15 +1,16 @@
 """The router: what it reads of an input, and what follows from it.
 
     features -> logits -> probabilities = softmax(logits / temperature)
-             -> weights = probabilities ^ sharpness, scaled to sum 1; zero for what is new
+             -> weights = probabilities ^ sharpness, scaled to sum 1
+                          · exp(threshold - score) for what is new, its score being higher
 
-The weights of an input that is unlike all experts' data are zero: it gets the shared expert. Its
-probabilities still say whose head comes nearest.
+An input that is unlike all experts' data gets the less of them the more unlike it is, down to the
+shared expert alone. Its probabilities still say whose head comes nearest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ...artifact.format import layers_said
 from .calibration import Sharpness, sharpened
 from .encoder import TextEncoder
-from .features import Features, Pooling
+from .features import Features, Key, Pooling, keys
 from .novelty import Novelty
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Routed:
     """What a router says of a batch; all float32."""
 
     weights: Float[Tensor, "batch expert"]
-    """How much of each expert to add; rows sum to 1, or are zero where `new` is true."""
+    """How much of each expert to add; rows sum to 1, or to less where `new` is true."""
     probabilities: Float[Tensor, "batch expert"]
     """Calibrated: of the rows that are given 0.8, about 80 % are that expert's."""
     novelty: Float[Tensor, " batch"]
@@ -49,7 +50,7 @@ class Routed:
 
 
 class Router(nn.Module):
-    """Features by layer -> `Routed`.
+    """Features -> `Routed`.
 
     layers:  what the scorer reads, in this order: layers of hidden states; blocks (projection); 0
              (an encoder of its own); nothing
@@ -76,15 +77,20 @@ class Router(nn.Module):
         self.sharpness: Sharpness = sharpness
 
     @property
-    def wanted(self) -> tuple[int, ...]:
-        """All layers that are read: the scorer's and those of the novelty."""
-        more = () if self.novelty is None else self.novelty.layers
-        return tuple(dict.fromkeys((*self.layers, *more)))
+    def keys(self) -> tuple[Key, ...]:
+        """What the scorer reads."""
+        return keys(self.layers, self.pooling)
+
+    @property
+    def wanted(self) -> tuple[Key, ...]:
+        """All that is read: by the scorer and to tell new inputs."""
+        more = () if self.novelty is None else self.novelty.keys
+        return tuple(dict.fromkeys((*self.keys, *more)))
 
     @property
     def last(self) -> int:
         """The last layer that is read; -1 if none is."""
-        return max(self.wanted, default=-1)
+        return max((layer for layer, _ in self.wanted), default=-1)
 
     @property
     def said(self) -> str:
@@ -104,12 +110,12 @@ class Router(nn.Module):
         from ..arguments import batch_size
 
         if self.kind == "none":
-            return {0: torch.zeros(batch_size(inputs), 0, device=twin.device)}
+            return {(0, "mean"): torch.zeros(batch_size(inputs), 0, device=twin.device)}
         if self.encoder is not None:
-            return {0: self.encoder.read(inputs)}
+            return {(0, self.pooling): self.encoder.read(inputs)}
         if self.kind == "projection":
             return twin.energies.read(inputs, self.layers)
-        return twin.features.read(inputs, self.wanted, self.pooling)
+        return twin.features.read(inputs, self.wanted)
 
     def forward(
         self, features: Features, allowed: Bool[Tensor, "batch expert"] | None = None
@@ -125,7 +131,7 @@ class Router(nn.Module):
         if self.novelty is not None:
             score = self.novelty(features)
             new = self.novelty.is_new(score)
-            weights = weights.masked_fill(new[:, None], 0.0)
+            weights = weights * (self.novelty.threshold - score).clamp(max=0).exp()[:, None]
         return Routed(weights, probabilities, score, new)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -177,12 +183,12 @@ class Router(nn.Module):
             )
 
     def logits(self, features: Features) -> Float[Tensor, "batch expert"]:
-        return self.scorer(joined(features, self.layers))
+        return self.scorer(joined(features, self.keys))
 
 
-def joined(features: Features, layers: tuple[int, ...]) -> Float[Tensor, "batch joined"]:
-    """The features of these layers side by side; the only ones there are if none is named."""
-    found = [features[layer] for layer in layers] if layers else list(features.values())
+def joined(features: Features, wanted: Sequence[Key]) -> Float[Tensor, "batch joined"]:
+    """These features side by side; the only ones there are if none is named."""
+    found = [features[key] for key in wanted] if wanted else list(features.values())
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 

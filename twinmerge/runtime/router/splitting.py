@@ -80,6 +80,28 @@ def divide(
     return Parts(*((part == p).nonzero()[:, 0] for p in (0, 1, 2)))
 
 
+def crossed(
+    parts: Parts, groups: Int[Tensor, " row"], truth: Int[Tensor, " row"], number: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Rows that train and rows that are scored, `number` times: each row but those that calibrate
+    is scored once, by what saw no row like it. Once, with the parts as they are, if an expert's
+    rows are too alike for that."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.cat([parts.train, parts.held_out])
+    rows = rows[torch.randperm(len(rows), generator=draw)]
+    fold: dict[int, int] = {}
+    for expert in truth[rows].unique().tolist():
+        sizes = Counter(groups[rows[truth[rows] == expert]].tolist())
+        held = [0] * number
+        for group, size in sizes.most_common():  # the large ones first, then what evens them out
+            fold.setdefault(group, min(range(number), key=lambda f: (held[f], f)))
+            held[fold[group]] += size
+        if max(held) == sum(held):  # what trains would have none of this expert
+            return [(parts.train, parts.held_out)]
+    of = torch.tensor([fold[group] for group in groups[rows].tolist()])
+    return [(rows[of != f], rows[of == f]) for f in range(number) if bool((of == f).any())]
+
+
 def alike(texts: Sequence[Text | Chat]) -> Int[Tensor, " row"]:
     """A number for each row; the same for rows that are alike."""
     first: dict[str, int] = {}

@@ -35,14 +35,40 @@ def statistics(
     features: Float[Tensor, "row width"], truth: Int[Tensor, " row"], experts: int
 ) -> Statistics:
     """Raises `InputError` for features that are not finite, or the same in all rows."""
-    check(features)
-    x = features.double()
-    means = torch.stack([x[truth == t].mean(dim=0) for t in range(experts)])
-    mean, counts = x.mean(dim=0), torch.bincount(truth, minlength=experts)
-    total, around = shrunk(x - mean), x - means[truth]
-    if not bool((around != 0).any()):  # a row each: nothing varies around them
-        return Statistics(means, mean, total, total, counts)
-    return Statistics(means, mean, shrunk(around), total, counts)
+    return Sums(features, truth, experts).statistics()
+
+
+class Sums:
+    """What the statistics of rows are made of, so that an expert can be left out of them.
+
+    Raises `InputError` for features that are not finite, or the same in all rows.
+    """
+
+    def __init__(
+        self, features: Float[Tensor, "row width"], truth: Int[Tensor, " row"], experts: int
+    ) -> None:
+        check(features)
+        self.x, self.truth = features.double(), truth
+        self.counts = torch.bincount(truth, minlength=experts)
+        self.means = torch.stack([self.x[truth == t].mean(dim=0) for t in range(experts)])
+        self.around = self.x - self.means[truth]
+        self.scatter = self.around.T @ self.around
+
+    def statistics(self, out: int | None = None) -> Statistics:
+        """Of all rows, or of all but those of the expert `out`."""
+        kept = torch.arange(len(self.counts)) != (-1 if out is None else out)
+        x, around, scatter = self.x, self.around, self.scatter
+        if out is not None:
+            rows = self.truth != out
+            own = around[~rows]
+            x, around, scatter = x[rows], around[rows], scatter - own.T @ own
+        means, counts = self.means[kept], self.counts[kept]
+        mean = x.mean(dim=0)
+        apart = means - mean
+        total = shrunk(scatter + (apart.T * counts) @ apart, x - mean)
+        if not bool((around != 0).any()):  # a row each: nothing varies around them
+            return Statistics(means, mean, total, total, counts)
+        return Statistics(means, mean, shrunk(scatter, around), total, counts)
 
 
 def check(features: Float[Tensor, "row width"]) -> None:
@@ -59,15 +85,23 @@ def check(features: Float[Tensor, "row width"]) -> None:
         )
 
 
-def shrunk(centred: Float[Tensor, "row width"]) -> Float[Tensor, "width width"]:
-    """Ledoit and Wolf's covariance of rows whose mean is zero."""
-    from sklearn.covariance import ledoit_wolf
+def shrunk(
+    scatter: Float[Tensor, "width width"], centred: Float[Tensor, "row width"]
+) -> Float[Tensor, "width width"]:
+    """Ledoit and Wolf's covariance of rows whose mean is zero; scatter: `centredᵀ centred`.
 
-    found, _ = ledoit_wolf(centred.numpy(), assume_centered=True)
-    found = torch.from_numpy(found)
+    Their equations 14 and following, from a scatter that is known: what they sum over entries of
+    the rows' outer products needs the rows' lengths alone.
+    """
+    rows, width = centred.shape
+    found = scatter / rows
     level = found.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    apart = found.square().sum() - width * level**2  # width times their d²
+    noise = (centred.square().sum(dim=1).square().sum() / rows - found.square().sum()) / rows
+    share = (noise / apart).clamp(0, 1) if apart > 0 else torch.ones((), dtype=found.dtype)
+    eye = torch.eye(width, dtype=found.dtype)
     # Rows that are all alike, one for each expert, leave nothing to shrink.
-    return found + 1e-6 * level * torch.eye(len(found), dtype=found.dtype)
+    return (1 - share) * found + (share + 1e-6) * level * eye
 
 
 def precision(covariance: Float[Tensor, "width width"]) -> Float[Tensor, "width width"]:

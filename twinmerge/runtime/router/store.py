@@ -80,8 +80,8 @@ def _lock(file: IO[str], path: Path) -> bool:
         return False
     if not ours:
         raise OutputError(
-            f"{path.parent}: expected no other run at work here, but another fit-router is writing "
-            "here; wait for it, then run the same command again."
+            f"{path.parent}: another command is changing this artifact; wait for it, then "
+            "run the same command again."
         )
     return True
 

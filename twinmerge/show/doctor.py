@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from .show import _table as table
+from . import table
 
 LEVELS = {"ok": "ok", "look": "look at this", "fail": "will fail"}
 MOST_TENSORS = 6

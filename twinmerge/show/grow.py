@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from .show import folded
+from . import folded
 
 
 def grow_text(result: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -101,7 +101,7 @@ def inspect_text(result: dict[str, Any]) -> None:
         f"{result['artifact']}: {len(result['experts'])} experts of {result['base']} "
         f"({result['model_class']}, shared expert by {result['merge_method']})"
     )
-    _table(
+    table(
         "",
         [
             "expert",
@@ -183,7 +183,7 @@ def print_tensors(manifest: Any) -> None:
         size = f"{sum(share.bytes for share in shares):,}"
         rows.append([record.name, record.kind, shape, record.dtype, rank, size, error])
     columns = ["tensor", "kind", "shape", "dtype", "rank", "experts' bytes", "worst error"]
-    _table("\ntensors", columns, rows)
+    table("\ntensors", columns, rows)
 
 
 def dry_run_text(result: dict[str, Any]) -> None:
@@ -214,10 +214,10 @@ def _interval(rows: int, rate: float) -> str:
 
 
 def router_text(result: dict[str, Any]) -> None:
-    from .artifact.format import layers_said
+    from ..artifact.format import layers_said
 
     if result["tried"]:
-        _table(
+        table(
             "",
             ["router", "layers", "right", "loss", ""],
             [
@@ -252,7 +252,8 @@ def router_text(result: dict[str, Any]) -> None:
         )
     novelty = result["novelty"]
     if novelty is not None:
-        told = layers_said(novelty["layers"])
+        over = {"mean": "mean over tokens"}.get(novelty["pooling"], f"{novelty['pooling']} token")
+        told = f"{layers_said(novelty['layers'])} ({over})"
         line = f"new inputs: told by {told}, at {novelty['coverage']:.0%} coverage"
         if novelty["noticed"]:
             shares = [f"{name} {share:.0%}" for name, share in novelty["noticed"].items()]
@@ -288,7 +289,7 @@ def eval_text(result: dict[str, Any]) -> None:
                 ]
             )
         columns = ["task", "metric", "rows", "score", "expert", "normalised", "routed right"]
-        _table(f"\nprotocol: {report['protocol']}", columns, rows)
+        table(f"\nprotocol: {report['protocol']}", columns, rows)
         typer.echo(
             f"mean score {report['mean']:.4f}"
             + ("" if normalised is None else f", normalised {100 * normalised:.1f}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from .artifact.format import layers_said
+from ..artifact.format import layers_said
 
 MOST_EXPERTS = 12
 """In a table; the rest is in `--json`."""

@@ -6,9 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, OutputError
-from .plots import check_extra
-from .show_explain import (
+from ..errors import InputError, OutputError
+from ..plots import check_extra
+from ..show.explain import (
     MEASURES,
     MOST_EXPERTS,
     forced_by,

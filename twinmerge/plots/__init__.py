@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingExtra, OutputError
+from ..errors import MissingExtra, OutputError
 
 if TYPE_CHECKING:
-    from .merging.doctor import Diagnosis
+    from ..merging.doctor import Diagnosis
 
 INCH_PER_EXPERT = 0.45
 

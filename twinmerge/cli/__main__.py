@@ -1,0 +1,5 @@
+"""`python -m twinmerge.cli`."""
+
+from . import main
+
+main()
