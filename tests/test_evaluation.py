@@ -464,7 +464,7 @@ def test_a_study_writes_one_row_a_method_and_names_no_folder_of_the_machine(stud
             assert protocol["normalised"] == pytest.approx(sum(ratios) / 2)
             assert all(task["rows"] == 8 for task in protocol["tasks"].values())
         assert row["bytes"]["folder"] > row["bytes"]["base"] > 0
-        assert row["router"]["held_out_rows"] == 8 and row["rank"] in ("none", 2)
+        assert row["router"]["held_out_rows"] == 32 and row["rank"] in ("none", 2)
         if name == "averaging":
             assert row["protocols"]["known-head"] == row["protocols"]["oracle"]
 

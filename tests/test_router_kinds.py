@@ -46,7 +46,13 @@ CASES: dict[str, dict[str, Any]] = {
 BENCHES = ("bench", "causal_bench")
 OTHERS = {"causal_bench": ("none", "projection", "prototype", "mlp", "last token", "an encoder")}
 """Of decoders, what may differ for them."""
-ALL = [(b, c) for b in BENCHES for c in CASES if c in OTHERS.get(b, CASES)]
+QUICK = [("bench", "projection"), ("bench", "prototype"), ("causal_bench", "mlp")]
+ALL = [
+    pytest.param(b, c, marks=() if (b, c) in QUICK else pytest.mark.slow)
+    for b in BENCHES
+    for c in CASES
+    if c in OTHERS.get(b, CASES)
+]
 
 
 def test_the_suite_has_every_kind():

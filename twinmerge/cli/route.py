@@ -88,7 +88,7 @@ def fit_router(
 
     A few dozen texts per expert, like those that it is for, will do; labels are not needed. The
     rows are divided in parts that train, calibrate and choose; rows that are nearly alike stay
-    together. What is printed is measured on the last part.
+    together. What is printed is measured on rows that were held out.
     """
     from ..artifact.reader import Artifact
     from ..data import read_tasks, text_of

@@ -44,6 +44,7 @@ from .novelty import learnt
 from .router import Router, joined
 from .scorers import NOTHING, Fixed, Projection
 from .splitting import Parts, alike, crossed, divide
+from .statistics import finite
 from .store import alone, store_router, stored
 
 __all__ = ["fit_router", "store_router"]
@@ -214,9 +215,9 @@ class RouterFit:
         if self.settings.encoder is None and self.settings.coverage < 1:
             wanted |= {key for layers in sets for look in self._looks(layers) for key in look}
         features = self._features(rows, sorted(wanted))
-        if self.settings.layer == "auto":
-            sets = self._telling(sets, features)
         parts, pairs = self._divided(rows)
+        if self.settings.layer == "auto":
+            sets = self._telling(sets, features, [own for own, _ in pairs])
 
         def step(done: int, total: int) -> None:
             self.say("comparing routers", done, total)
@@ -390,13 +391,19 @@ class RouterFit:
     def _width(self) -> int | None:
         return getattr(self.model.model.config, "hidden_size", None)
 
-    def _telling(self, sets: list[tuple[int, ...]], features: Features) -> list[tuple[int, ...]]:
-        """Without those that name a layer which says the same of every row.
+    def _telling(
+        self, sets: list[tuple[int, ...]], features: Features, parts: Sequence[Tensor]
+    ) -> list[tuple[int, ...]]:
+        """Without those that name a layer which says the same of every row of a part.
 
         The embedding of the first token is such a layer. All of them if none is left: then trying
         says what is wrong.
         """
-        found = [each for each in sets if all(_tells(features[key]) for key in self._keys(each))]
+        found = [
+            each
+            for each in sets
+            if all(_tells(features[key][own]) for key in self._keys(each) for own in parts)
+        ]
         return found or sets
 
     def _features(self, rows: _Rows, wanted: Sequence[Key]) -> Features:
@@ -411,13 +418,16 @@ class RouterFit:
             order += indices
         self.say("reading features", total, total)
         back = torch.tensor(order).argsort()
-        return {key: torch.cat(parts[key])[back] for key in wanted}
+        features = {key: torch.cat(parts[key])[back] for key in wanted}
+        for each in features.values():
+            finite(each)
+        return features
 
     def _read(self, inputs: dict[str, Tensor], wanted: Sequence[Key]) -> Features:
-        if self._encoder is not None:
-            return {(0, self.settings.pooling): self._encoder.read(inputs)}
         if self.settings.kind == "projection":
             return self.model.energies.read(inputs, [layer for layer, _ in wanted])
+        if self._encoder is not None:
+            return {(0, self.settings.pooling): self._encoder.read(inputs)}
         return self.model.features.read(inputs, wanted)
 
     def _divided(self, rows: _Rows) -> tuple[Parts, list[tuple[Tensor, Tensor]]]:
@@ -480,7 +490,7 @@ class RouterFit:
         if self.settings.coverage >= 1 or self.count == 1:
             return {}
         looks = [
-            tuple(key for key in look if _tells(features[key]))
+            tuple(key for key in look if _tells(features[key][own]))
             for look in self._looks(router.layers)
         ]
         looks = [look for look in looks if look]
@@ -497,7 +507,7 @@ class RouterFit:
             looks,
         )
         self.say("learning what is new", 1, 1)
-        return dict(zip(self.experts, noticed, strict=False))
+        return {self.experts[place]: share for place, share in noticed.items()}
 
     def _asked_temperature(self, found: float) -> float:
         asked = self.settings.temperature

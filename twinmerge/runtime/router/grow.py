@@ -210,7 +210,12 @@ def _refitted(
         "encoder": encoder,
         "hidden": record.hidden,
         "seed": record.seed,
+        "sharpness": record.sharpness,
     }
+    if record.novelty is not None:
+        asked["coverage"] = record.novelty.coverage
+    elif len(record.experts) > 1:  # of one alone none is ever new
+        asked["coverage"] = 1.0
     given = {expert: texts[expert] for expert in model.experts}
     fit = RouterFit(model, Settings.model_validate(asked), record.max_tokens, progress)
     router, fitted = fit.run(given)
@@ -266,8 +271,8 @@ class _Prototypes:
         """For the record, and for the report."""
         said = [
             f"'{self.name}' entered with the mean of {rows} rows; the odds among the other experts "
-            "are exactly as before, so an answer changes only where it is the likeliest or takes "
-            "a share"
+            "are exactly as before, so an answer changes only where it is the likeliest, takes a "
+            "share, or makes an input less new"
         ]
         told = f"'{self.name}' was added after the fit"
         if "right" not in measured:

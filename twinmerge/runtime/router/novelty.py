@@ -5,8 +5,8 @@ Distance for Improving Near-OOD Detection, 2021, arXiv:2106.09022): how far a ro
 from the nearest expert's mean, less how far they are from the mean of all. Early layers notice
 other words and formats, later ones other tasks, so several are looked at, each score in units of
 its spread over calibration rows, and added up as exponentials: what stands out in one layer counts.
-A row above the threshold is new; the threshold is a quantile of the calibration rows, which the
-means were not made of. Layers, and what is taken over tokens, are those that would notice most of
+A row above the threshold is new; the threshold is set on the calibration rows, which the means
+were not made of. Layers, and what is taken over tokens, are those that would notice most of
 each expert's rows if it were unknown.
 
 What is far from everything (another script, noise) is far from the mean of all as well, and its
@@ -15,12 +15,15 @@ relative distance small. So is new, too, what is further from every expert than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ...errors import InputError
 from .features import Features, Key, Pooling, keys
 from .statistics import Statistics, Sums, precision
 
@@ -117,26 +120,18 @@ class Novelty(nn.Module):
 
     def set(self, distances: Float[Tensor, "row layer 2"], coverage: float) -> None:
         """Scale and threshold from the distances of rows that are not new."""
+        scale = Scale.of(distances, coverage)
         for place, layer in enumerate(self.layers):
-            found, distance = distances[:, place].double(), self.at(layer)
-            spread = found.std(dim=0) if len(found) > 1 else torch.zeros(2)
-            distance.usual.copy_(found.mean(dim=0))
-            distance.spread.copy_(torch.where(spread > 0, spread, 1.0))
-        relative, plain = (found.double() for found in self._scores(distances))
-        self.threshold = float(torch.quantile(relative, coverage, interpolation="higher"))
-        self.offset.fill_(float(plain.max()) - self.threshold)
-
-    def _scores(
-        self, distances: Float[Tensor, "row layer 2"]
-    ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        parts = [self.at(layer) for layer in self.layers]
-        usual, spread = (torch.stack([getattr(p, n) for p in parts]) for n in ("usual", "spread"))
-        scaled = (distances - usual) / spread
-        return scaled[..., 0].logsumexp(dim=1), scaled[..., 1].mean(dim=1)
+            self.at(layer).usual.copy_(scale.usual[place])
+            self.at(layer).spread.copy_(scale.spread[place])
+        self.threshold = scale.threshold
+        self.offset.fill_(scale.offset)
 
     def judged(self, distances: Float[Tensor, "row layer 2"]) -> Float[Tensor, " row"]:
         """Scores from distances."""
-        relative, plain = self._scores(distances)
+        parts = [self.at(layer) for layer in self.layers]
+        usual, spread = (torch.stack([getattr(p, n) for p in parts]) for n in ("usual", "spread"))
+        relative, plain = _scores(distances, usual, spread)
         return torch.maximum(relative, plain - self.offset)
 
     def forward(self, features: Features) -> Float[Tensor, " batch"]:
@@ -144,6 +139,65 @@ class Novelty(nn.Module):
 
     def is_new(self, score: Float[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         return score > self.threshold
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From distances to scores, set on rows that are not new."""
+
+    usual: Float[Tensor, "layer 2"]
+    spread: Float[Tensor, "layer 2"]
+    offset: float
+    threshold: float
+
+    @staticmethod
+    def of(distances: Float[Tensor, "row layer 2"], coverage: float) -> Scale:
+        """Raises `InputError` without rows, or for distances that are not finite."""
+        found = distances.double()
+        if len(found) == 0 or not bool(found.isfinite().all()):
+            raise InputError(
+                "router: expected finite features of at least one row to tell new inputs by. Give "
+                "more rows, or switch it off (coverage 1)."
+            )
+        spread = found.std(dim=0) if len(found) > 1 else torch.zeros_like(found[0])
+        usual, spread = found.mean(dim=0), torch.where(spread > 0, spread, 1.0)
+        relative, plain = _scores(found, usual, spread)
+        threshold = limit(relative, coverage)
+        furthest = max(float(plain.max()), limit(plain, coverage))
+        return Scale(usual, spread, furthest - threshold, threshold)
+
+    def new(self, distances: Float[Tensor, "row layer 2"]) -> Bool[Tensor, " row"]:
+        relative, plain = _scores(distances.double(), self.usual, self.spread)
+        return torch.maximum(relative, plain - self.offset) > self.threshold
+
+
+def _scores(
+    distances: Float[Tensor, "row layer 2"],
+    usual: Float[Tensor, "layer 2"],
+    spread: Float[Tensor, "layer 2"],
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """Of the relative and of the plain distances."""
+    scaled = (distances - usual) / spread
+    return scaled[..., 0].logsumexp(dim=1), scaled[..., 1].mean(dim=1)
+
+
+def limit(scores: Float[Tensor, " row"], coverage: float) -> float:
+    """What another row of the same kind stays below with this probability.
+
+    The k-th smallest of n scores, k = ⌈(n + 1) coverage⌉ (split conformal prediction). Of too few
+    rows for that, n < coverage / (1 - coverage), no score is enough: then the bound of a prediction
+    interval for normal scores, mean + t · spread · √(1 + 1 / n), if it is higher than all.
+    """
+    from scipy.stats import t
+
+    count = len(scores)
+    place = math.ceil((count + 1) * coverage)
+    if place <= count:
+        return float(scores.sort().values[place - 1])
+    if count < 2:
+        return float(scores.max())
+    beyond = float(t.ppf(coverage, count - 1)) * (1 + 1 / count) ** 0.5
+    return max(float(scores.max()), float(scores.mean() + beyond * scores.std()))
 
 
 def learnt(
@@ -154,43 +208,43 @@ def learnt(
     experts: int,
     coverage: float,
     looks: Sequence[Sequence[Key]],
-) -> tuple[Novelty, list[float]]:
+) -> tuple[Novelty, dict[int, float]]:
     """What notices new inputs, and the share of each expert's rows that it would if unknown.
 
     features: of the rows that distances are made of. check: of others, for scale and threshold.
     looks: features to look at, each with one pooling. The first is taken, unless another notices
-    more by over one standard error of the difference among experts. The shares are at the threshold
-    that `coverage` of the other experts' rows stay below: all that can be known of unseen tasks
-    without rows of them. With two experts there are none, and the first look is taken.
+    more by over one standard error of the difference among experts, where `JUDGED` of the rows of
+    the other experts stay below the threshold. The shares are those at `coverage`: all that can be
+    known of unseen tasks without rows of them. With two experts there are none, and the first look
+    is taken; nor are there of experts without rows in `check`.
     """
-    sums = {key: Sums(features[key], truth, experts) for look in looks for key in look}
-    look, best = looks[0], torch.zeros(0)
-    if experts > 2:
-        without = [
-            {key: Distance.of(each.statistics(out)) for key, each in sums.items()}
-            for out in range(experts)
+    own: dict[Key, Distance] = {}
+    without: dict[Key, list[Tensor | None]] = {}
+    for key in {key for look in looks for key in look}:
+        sums = Sums(features[key], truth, experts)
+        own[key] = Distance.of(sums.statistics())
+        without[key] = [
+            Distance.of(sums.statistics(out))(check[key]) if sums.varies(out) else None
+            for out in range(experts if experts > 2 else 0)
         ]
-        for each in looks:
-            found = [
-                _noticed({key: one[key] for key in each}, check, check_truth != out, JUDGED)
-                for out, one in enumerate(without)
-            ]
-            shares = torch.tensor(found, dtype=torch.float64)
-            more = shares - best if len(best) else shares
-            if not len(best) or float(more.mean()) > float(more.std()) / experts**0.5:
-                look, best = each, shares
-    novelty = Novelty.of({key: Distance.of(sums[key].statistics()) for key in look})
+
+    def shares(look: Sequence[Key], coverage: float) -> dict[int, float]:
+        found = {}
+        for out in range(experts if experts > 2 else 0):
+            layers = [each for key in look if (each := without[key][out]) is not None]
+            known = check_truth != out
+            if layers and bool(known.any()) and not bool(known.all()):
+                distances = torch.stack(layers, dim=1)
+                new = Scale.of(distances[known], coverage).new(distances[~known])
+                found[out] = float(new.double().mean())
+        return found
+
+    look, best = looks[0], shares(looks[0], JUDGED)
+    for each in looks[1:]:
+        found = shares(each, JUDGED)
+        more = torch.tensor([found[t] - best[t] for t in found if t in best])
+        if len(more) > 1 and float(more.mean()) > float(more.std()) / len(more) ** 0.5:
+            look, best = each, found
+    novelty = Novelty.of({key: own[key] for key in look})
     novelty.set(novelty.distances_of(check), coverage)
-    return novelty, best.tolist()
-
-
-def _noticed(
-    distances: Mapping[Key, Distance], check: Others, known: Tensor, coverage: float
-) -> float:
-    """The share of the rows in `check` that are not `known` which is new to these distances."""
-    if not bool(known.any()) or bool(known.all()):
-        return 0.0
-    novelty = Novelty.of(distances)
-    found = novelty.distances_of(check)
-    novelty.set(found[known], coverage)
-    return float(novelty.is_new(novelty.judged(found[~known])).double().mean())
+    return novelty, shares(look, coverage)

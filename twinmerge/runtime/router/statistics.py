@@ -54,6 +54,11 @@ class Sums:
         self.around = self.x - self.means[truth]
         self.scatter = self.around.T @ self.around
 
+    def varies(self, out: int) -> bool:
+        """Whether the rows of the others than the expert `out` differ."""
+        rows = self.x[self.truth != out]
+        return bool((rows != rows[0]).any())
+
     def statistics(self, out: int | None = None) -> Statistics:
         """Of all rows, or of all but those of the expert `out`."""
         kept = torch.arange(len(self.counts)) != (-1 if out is None else out)
@@ -73,15 +78,20 @@ class Sums:
 
 def check(features: Float[Tensor, "row width"]) -> None:
     """Raises `InputError` for features that are not finite, or the same in all rows."""
-    if not bool(features.isfinite().all()):
-        raise InputError(
-            "router features: NaN or infinity in the shared expert's hidden states. Load the model "
-            "in float32, or read an earlier layer (layer=)."
-        )
+    finite(features)
     if len(features) > 1 and bool((features == features[0]).all()):
         raise InputError(
             "router features: all rows give the same features, so nothing can be told apart. Are "
             "the texts empty, or is this layer's output constant? Read another layer (layer=)."
+        )
+
+
+def finite(features: Float[Tensor, "row width"]) -> None:
+    """Raises `InputError` for NaN or infinity."""
+    if not bool(features.isfinite().all()):
+        raise InputError(
+            "router features: NaN or infinity in the shared expert's hidden states. Load the model "
+            "in float32, or read an earlier layer (layer=)."
         )
 
 
@@ -95,7 +105,9 @@ def shrunk(
     """
     rows, width = centred.shape
     found = scatter / rows
-    level = found.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    level = found.diagonal().mean()
+    if level <= 0:  # nothing varies: any scale does
+        return torch.eye(width, dtype=found.dtype)
     apart = found.square().sum() - width * level**2  # width times their d²
     noise = (centred.square().sum(dim=1).square().sum() / rows - found.square().sum()) / rows
     share = (noise / apart).clamp(0, 1) if apart > 0 else torch.ones((), dtype=found.dtype)
