@@ -195,7 +195,7 @@ def test_options_of_fit_router_win_over_the_recipe(call, bench, tmp_path):
     assert entry.calibration_rows == 6 and entry.refitted
     assert f"{entry.held_out_accuracy:.1%} of {entry.held_out_rows} held-out rows" in done.out
     low, high = binomial(entry.held_out_accuracy, entry.held_out_rows)
-    assert f"(which tells {low:.1%} to {high:.1%})" in done.out
+    assert f"(95 % interval {low:.1%} to {high:.1%})" in done.out
 
 
 def binomial(rate: float, rows: int) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from twinmerge.data import encode, pad
 from twinmerge.errors import InputError, RouterError
 from twinmerge.recipe import Router as Settings
 from twinmerge.runtime.load import load, load_router
-from twinmerge.runtime.router.encoder import ENCODER
+from twinmerge.runtime.router.encoder import ENCODER, TextEncoder
 from twinmerge.runtime.router.fit import fit_router
 from twinmerge.runtime.router.router import KINDS
 
@@ -167,6 +167,40 @@ def test_a_stored_router_loads_alike_every_time(which, case, fitted):
 
 
 @pytest.mark.slow
+def test_an_encoder_must_be_one_and_be_able_to_pad(encoder, bench, tmp_path):
+    save(
+        tf.T5Model(
+            tf.T5Config(vocab_size=43, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        ),
+        tmp_path / "t5",
+    )
+    save_tokenizer(tmp_path / "t5")
+    with pytest.raises(InputError, match=r"t5: expected an encoder, got .* decoder .T5Model."):
+        TextEncoder(tmp_path / "t5", bench.model.tokenizer, "mean")
+    folder = shutil.copytree(encoder, tmp_path / "unpadded")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("pad_token", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": None}))
+    with pytest.raises(InputError, match="unpadded: expected a tokenizer with a padding token"):
+        TextEncoder(folder, bench.model.tokenizer, "mean")
+
+
+def test_texts_that_an_encoder_cuts_are_counted(bench, tmp_path):
+    sizes = BERT | SIZES | dict(num_hidden_layers=1, max_position_embeddings=12)
+    save(tf.BertModel(tf.BertConfig(**sizes)), tmp_path / "short")
+    save_tokenizer(tmp_path / "short")
+    folder = shutil.copytree(bench.plain, tmp_path / "artifact")
+    texts = {name: list(rows) for name, rows in bench.texts(20).items()}
+    texts["law"][3] = (" ".join(["law1"] * 11),)  # with two special tokens one too many
+    entry = fit_router(folder, texts, Settings(encoder=str(tmp_path / "short")))
+    told = [warning for warning in entry.warnings if "longer" in warning]
+    longer = sum(len("\t".join(row).split()) > 10 for rows in texts.values() for row in rows)
+    assert longer and told == [
+        f"{longer} of 60 texts are longer than the 12 tokens that the encoder reads: it routes on "
+        "their beginning"
+    ]
+
+
 @everywhere
 def test_fitting_twice_gives_the_same_files(which, case, fitted, encoder, tmp_path):
     found = fitted(which, case)

@@ -67,7 +67,12 @@ def run(
     rows = parse_inputs(lines, str(file or "standard input"))
     if not rows:
         raise InputError(f"{file or 'standard input'}: no rows to answer.")
-    texts = [text_of(row, listed(columns)) for row in rows]
+    texts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            texts.append(text_of(row, listed(columns)))
+        except InputError as problem:
+            raise InputError(f"{file or 'standard input'}: row {number}: {problem}") from None
     model = load(out, device=usable(device, "--device"), dtype=dtype)
     with bar(quiet, "answering") as progress:
         results = answer_texts(

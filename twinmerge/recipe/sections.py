@@ -322,6 +322,11 @@ class Router(Section):
 
     @model_validator(mode="after")
     def _parts(self) -> "Router":
+        if self.encoder is not None and self.layer != "auto":
+            raise ValueError(
+                f"layer: an encoder of the router's own is read at its end alone; leave layer out, "
+                f"got {self.layer!r}."
+            )
         if self.calibration + self.held_out >= 1:
             raise ValueError(
                 f"calibration and held_out: expected less than 1 together, so that rows are left "

@@ -35,8 +35,9 @@ def answer_texts(
     """One dictionary per text: `expert`, `weight`, `answer`, `score`, `weights`, `confidence`.
 
     `confidence` is the router's calibrated probability of its likeliest expert, absent where it was
-    not asked (`task`). `new` is there, and true, where an input is unlike all experts' data: then
-    its weights sum below 1, down to 0 (the shared expert), and `expert` says whose head answered.
+    not asked (`task`), or has the same weights for all (kind none). `new` is there, and true, where
+    an input is unlike all experts' data: then its weights sum below 1, down to 0 (the shared
+    expert), and `expert` says whose head answered.
     `answer` is a label, a value (regression, then `score` is absent), or generated text. Chats
     (`data.chat_of`) are formatted by the tokenizer's template, for the router as for the answer.
     `top_k` and `threshold` are those of `TwinModel.forward`; with one of them, `dropped` says how
@@ -96,7 +97,7 @@ def _answered(model: TwinModel, batch: dict[str, Any], how: dict[str, Any]) -> l
         else:
             result |= {"answer": answer.label, "score": round(answer.score, 4)}
         results.append(result | {"weights": _shown(model, weights)})
-    return _saying(results, output)
+    return _saying(model, results, output)
 
 
 def _generated(
@@ -123,15 +124,20 @@ def _generated(
                 "weights": _shown(model, row),
             }
         )
-    return _saying(results, decided)
+    return _saying(model, results, decided)
 
 
-def _saying(results: list[dict[str, Any]], ran: TwinOutput | Decided) -> list[dict[str, Any]]:
+def _saying(
+    model: TwinModel, results: list[dict[str, Any]], ran: TwinOutput | Decided
+) -> list[dict[str, Any]]:
     """The results, with what the router said and what `top_k` and `threshold` dropped."""
     if ran.routed is not None:
         sure, new = ran.routed.confidence.tolist(), ran.routed.new.tolist()
+        fixed = model.router is not None and model.router.kind == "none"  # weights, no guess
         results = [
-            each | {"confidence": round(p, 4)} | ({"new": True} if unlike else {})
+            each
+            | ({} if fixed else {"confidence": round(p, 4)})
+            | ({"new": True} if unlike else {})
             for each, p, unlike in zip(results, sure, new, strict=True)
         ]
     if ran.dropped is None:

@@ -241,8 +241,8 @@ def router_text(result: dict[str, Any]) -> None:
     else:
         rate, held_out = result["held_out_accuracy"], result["held_out_rows"]
         typer.echo(
-            f"\nrouter: {rate:.1%} of {held_out:,} held-out rows go to their own expert (which "
-            f"tells {_interval(held_out, rate)}); fitted on {rows:,} rows, "
+            f"\nrouter: {rate:.1%} of {held_out:,} held-out rows go to their own expert "
+            f"(95 % interval {_interval(held_out, rate)}); fitted on {rows:,} rows, "
             f"{result['bytes']:,} bytes"
         )
         typer.echo(
@@ -257,7 +257,11 @@ def router_text(result: dict[str, Any]) -> None:
         line = f"new inputs: told by {told}, at {novelty['coverage']:.0%} coverage"
         if novelty["noticed"]:
             shares = [f"{name} {share:.0%}" for name, share in novelty["noticed"].items()]
-            line += f"; noticed of an expert's rows if it were unknown: {', '.join(shares)}"
+            each = result["calibration_rows"] / len(result["experts"])
+            line += (
+                f"; of an expert's calibration rows (about {each:.0f}) noticed if it were unknown: "
+                f"{', '.join(shares)}"
+            )
         typer.echo(line)
     for warning in result["warnings"]:
         typer.echo(f"warning: {warning}")

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ...data import known_positions
 from ...errors import InputError, first_line
 from .features import Pooling, pooled
 
@@ -43,10 +44,22 @@ class TextEncoder(nn.Module):
                 "folder or hub id of an encoder with its tokenizer, such as "
                 "sentence-transformers/all-MiniLM-L6-v2."
             ) from None
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise InputError(
+                f"router encoder {folder}: expected an encoder, got a model with a decoder "
+                f"({type(self.model).__name__}). One of few layers will do, such as "
+                "sentence-transformers/all-MiniLM-L6-v2."
+            )
+        if self._own.pad_token_id is None:
+            raise InputError(
+                f"router encoder {folder}: expected a tokenizer with a padding token, got one "
+                "without. Set pad_token in its folder (tokenizer_config.json)."
+            )
         self._base = tokenizer
         self.pooling: Pooling = pooling
-        positions = getattr(self.model.config, "max_position_embeddings", None) or 512
-        self.max_tokens = min(max_tokens or 512, positions)
+        self.max_tokens = min(max_tokens or 512, known_positions(self.model))
+        self.cut = 0
+        """Texts read so far that were longer than `max_tokens`, of which it read the beginning."""
         self.requires_grad_(False)
 
     def save(self, folder: Path) -> None:
@@ -70,6 +83,8 @@ class TextEncoder(nn.Module):
         mask = inputs.get("attention_mask")
         rows = [row if mask is None else row[mask[i].bool()] for i, row in enumerate(ids)]
         texts = self._base.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
+        lengths = [len(each) for each in self._own(texts, verbose=False)["input_ids"]]
+        self.cut += sum(length > self.max_tokens for length in lengths)
         batch = self._own(
             texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )

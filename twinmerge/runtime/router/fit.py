@@ -610,6 +610,12 @@ class RouterFit:
     def _odd(self, rows: _Rows, record: RouterRecord) -> tuple[str, ...]:
         """What is odd about the rows: the same ones under two experts, experts that look alike."""
         told = []
+        if self._encoder is not None and self._encoder.cut:
+            told.append(
+                f"{self._encoder.cut} of {len(rows.texts)} texts are longer than the "
+                f"{self._encoder.max_tokens} tokens that the encoder reads: it routes on their "
+                "beginning"
+            )
         own: dict[str, set[int]] = {}
         for text, expert in zip(rows.texts, rows.truth.tolist(), strict=True):
             own.setdefault("\t".join(segments(text)).lower(), set()).add(expert)

@@ -92,7 +92,11 @@ def shrunk(router: Router, record: RouterRecord, name: str) -> Followed:
         smaller.novelty = None
         said = [f"'{left[0]}' is the only expert now: all inputs go to it, new ones too"]
     elif smaller.novelty is not None:
-        said.append(f"inputs like those of '{name}' are now unlike all experts' data, as others")
+        seen = record.novelty.noticed.get(name) if record.novelty is not None else None
+        share = "" if seen is None else f" ({seen:.0%} of its calibration rows were, at the fit)"
+        said.append(
+            f"inputs like those of '{name}' go to the others, unless they are noticed as new{share}"
+        )
     return Followed(smaller, _unmeasured(record, smaller, left), tuple(said))
 
 
