@@ -315,9 +315,17 @@ def test_a_dtype_is_what_the_model_runs_in(call, bench):
 
 
 def test_a_column_that_is_no_text_is_told_by_name_and_value(call, bench):
-    done = call("run", bench.routed, stdin=b'{"text": 3}\n')
+    done = call("run", bench.routed, stdin=b'{"text": "math1"}\n{"text": 3}\n')
     assert done.code == 1
-    assert "a row's column text holds 3 (int); expected text, in quotes" in done.err
+    told = "standard input: row 2: a row's column text holds 3 (int); expected text, in quotes"
+    assert told in done.err
+
+
+def test_fixed_weights_are_no_confidence(call, bench, tmp_path):
+    out = shutil.copytree(bench.plain, tmp_path / "out")
+    call("fit-router", out, "--kind", "none", "--weights", "math=0.7,law=0.3")
+    (line,) = call("run", out, stdin=b"math1 math2\n").lines
+    assert "confidence" not in line and line["weights"] == {"math": 0.7, "law": 0.3}
 
 
 def test_the_version_is_told(call):

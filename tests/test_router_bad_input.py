@@ -191,6 +191,7 @@ def test_an_empty_text_gets_an_answer(bench, call):
         ("DATA --pooling max", "--pooling: Input should be 'mean', 'first' or 'last', got 'max'"),
         ("DATA --rows 0", "--rows: Input should be greater than or equal to 1, got 0"),
         ("DATA --rows 3", "expected at least 5 rows to fit and check a router, got 3"),
+        ("DATA --encoder there --layer 1", "layer: an encoder of the router's own is read at its"),
         ("DATA --encoder /not/there", "/not/there: cannot be opened .there is no such folder"),
         ("DATA --encoder DATA", "router encoder .*data: cannot be opened .* Expected a folder or"),
     ],
