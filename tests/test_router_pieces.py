@@ -743,6 +743,20 @@ def test_comparing_all_kinds_takes_the_slower_ones_to_the_best_layers_only():
     assert float(chosen.losses.mean()) <= best + 0.2
 
 
+def test_a_network_alone_is_tried_where_prototypes_do_best():
+    x, truth = clusters(40, 3, 4, apart=3)
+    noise = randn(len(x), 4, seed=50)
+    features = {0: noise, 1: x, 2: noise + 0.5 * x, 3: noise + 0.3 * x, 4: noise + 0.1 * x}
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    pairs, asked = [(order[:60], order[90:])], Settings(kind="mlp", epochs=2)
+    sets = [(i,) for i in range(5)]
+    tried, _, _ = compare(features, truth, order[60:90], pairs, 3, sets, asked)
+    assert {each.kind for each in tried} == {"mlp"}
+    assert {each.layers for each in tried} == {(1,), (2,), (3,)}
+    tried, _, reason = compare(features, truth, order[60:90], pairs, 3, sets[:1], asked)
+    assert [(each.kind, each.layers) for each in tried] == [("mlp", (0,))] and reason == "asked for"
+
+
 # ---------------------------------------------------------------------------------- energies
 
 

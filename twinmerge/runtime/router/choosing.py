@@ -90,7 +90,9 @@ def compare(
     features: by layer
     pairs: rows to train on and rows to score, the latter in the order of `Fitted`'s
     """
-    kinds = LEARNT if settings.kind == "auto" else (settings.kind,)
+    kinds = {"auto": LEARNT, "mlp": ("prototype", "mlp")}.get(settings.kind, (settings.kind,))
+    if settings.kind == "mlp" and len(sets) <= FINALISTS:
+        kinds = ("mlp",)
     tried: list[Fitted] = []
     chosen_sets = list(sets)
     total = len(sets) + (len(kinds) - 1) * min(FINALISTS, len(sets))
@@ -105,6 +107,8 @@ def compare(
             chosen_sets = [each.layers for each in best[:FINALISTS]]
     if progress:
         progress(total, total)
+    if settings.kind == "mlp":  # where prototypes only said which layers to try
+        tried = [each for each in tried if each.kind == "mlp"]
     chosen, reason = choose(tried)
     return tried, chosen, reason
 
