@@ -7,10 +7,10 @@ from typing import NoReturn
 import typer
 
 from ..errors import TwinMergeError
-from . import build, experts, route, run, score  # noqa: F401  the commands, in this order
+from . import build, experts, route, run, score
 from .app import app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "build", "experts", "main", "route", "run", "score"]
 
 
 def _fail(message: str) -> NoReturn:

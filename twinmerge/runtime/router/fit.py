@@ -493,7 +493,7 @@ class RouterFit:
             tuple(key for key in look if _tells(features[key][own]))
             for look in self._looks(router.layers)
         ]
-        looks = [look for look in looks if look]
+        looks = [look for look in looks if look] or [self._keys(router.layers)]
         wanted = {key for look in looks for key in look}
         known, check = ({key: features[key][rows] for key in wanted} for rows in (own, calibration))
         self.say("learning what is new", 0, 1)

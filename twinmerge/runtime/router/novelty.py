@@ -28,6 +28,7 @@ from .features import Features, Key, Pooling, keys
 from .statistics import Statistics, Sums, precision
 
 JUDGED = 0.95
+"""Coverage at which looks are compared: a higher one would rest on a handful of rows."""
 Others = dict[Key, Float[Tensor, "check width"]]
 """Features of other rows."""
 
