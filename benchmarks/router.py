@@ -6,9 +6,10 @@
 Builds the experts at a rank, reads every feature of train, test and unseen rows once, and fits each
 kind of router on 16, 100, 400 and 1,000 train rows of each task, as `fit-router` does it. Then
 
-- grid:   routing accuracy, calibration error and loss on test rows; rows of unseen tasks that are
-          noticed where 95 % of the calibration rows are not
-- scores: normalised scores under the three protocols, the router's weights given
+- grid:   routing accuracy, calibration error and loss on test rows; normalised scores with all
+          weight on the likeliest expert; rows of unseen tasks that are noticed where 95 % of the
+          calibration rows are not
+- scores: normalised scores under the three protocols with the weights that the router gives
 - odd:    shuffled, empty, very long, foreign, mixed and adversarial input
 - time:   seconds to fit, and to route, beside a plain forward
 
@@ -25,32 +26,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
 import typer
+from router_read import Alone, FitFromRead, Read, both, note, source_of
 from subjects import folders, merged
 from torch import Tensor
 
 from twinmerge.artifact.writer import replace_text
-from twinmerge.data import Text, batches, encode, read_rows, text_of
-from twinmerge.evaluation.metrics import metric
+from twinmerge.data import Text, batches, read_rows, text_of
 from twinmerge.evaluation.provenance import provenance
 from twinmerge.evaluation.reference import expert_model, score_plain
-from twinmerge.evaluation.score import evaluate, filled, guesses_of, prepare
+from twinmerge.evaluation.score import evaluate, guesses_of, prepare
 from twinmerge.evaluation.tasks import task_for
 from twinmerge.recipe import Recipe, Router
 from twinmerge.runtime.load import load
-from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.router.calibration import calibration_error
-from twinmerge.runtime.router.encoder import TextEncoder
-from twinmerge.runtime.router.features import Features, Key, Pooling, pooled
-from twinmerge.runtime.router.fit import RouterFit
 from twinmerge.runtime.router.router import Routed
 from twinmerge.runtime.router.router import Router as RouterModule
 
 COVERAGE = 0.95
-POOLINGS: tuple[Pooling, ...] = ("mean", "first", "last")
 SIZES = (16, 100, 400, 1000)
 MORE_SEEDS = (1, 2)
 KINDS = ("prototype", "linear", "mlp")
@@ -77,90 +74,6 @@ class Part(str, Enum):
     scores = "scores"
     odd = "odd"
     time = "time"
-
-
-class Read:
-    """All features of many texts, read once: by (source, pooling), layer by layer."""
-
-    def __init__(self, model: TwinModel, max_tokens: int, encoder: str) -> None:
-        self.model, self.max_tokens = model, max_tokens
-        self.encoder = TextEncoder(encoder, model.tokenizer, "mean")
-        self.place: dict[Text, int] = {}
-        self.kept: dict[tuple[str, str], dict[int, Tensor]] = {}
-
-    def add(self, texts: Sequence[Text]) -> None:
-        new = [text for text in dict.fromkeys(texts) if text not in self.place]
-        start = len(self.place)
-        self.place |= {text: start + i for i, text in enumerate(new)}
-        if not new:
-            return
-        found = self._all(new)
-        for key, by_layer in found.items():
-            own = self.kept.setdefault(key, {})
-            for layer, tensor in by_layer.items():
-                own[layer] = torch.cat([own[layer], tensor]) if layer in own else tensor
-
-    @torch.no_grad()
-    def _all(self, texts: Sequence[Text]) -> dict[tuple[str, str], dict[int, Tensor]]:
-        model, found, order = self.model, {}, []
-        shared = model.merged([0.0] * len(model.experts), head=model.experts[0])
-        encoded = encode(model.tokenizer, texts, self.max_tokens)
-
-        def take(source: str, pooling: str, layer: int, each: Tensor) -> None:
-            found.setdefault((source, pooling), {}).setdefault(layer, []).append(each)
-
-        for indices, batch in batches(model.tokenizer, encoded, 64):
-            states = shared(**batch, output_hidden_states=True).hidden_states
-            for layer, hidden in enumerate(states):
-                for pooling in POOLINGS:
-                    take("states", pooling, layer, pooled(hidden, batch["attention_mask"], pooling))
-            for (block, _), each in model.energies.read(batch, range(1, len(states))).items():
-                take("energies", "mean", block, each)
-            take("encoder", "mean", 0, self.encoder.read(batch))
-            order += indices
-            note(f"features {len(order)} / {len(texts)}")
-        back = torch.tensor(order).argsort()
-        return {
-            key: {layer: torch.cat(parts)[back] for layer, parts in by_layer.items()}
-            for key, by_layer in found.items()
-        }
-
-    def save(self, path: Path) -> None:
-        torch.save((self.place, self.kept), path)
-
-    def open(self, path: Path) -> None:
-        """What an earlier run with the same artifact and settings has read."""
-        if path.is_file():
-            self.place, self.kept = torch.load(path, weights_only=True)
-
-    def of(self, source: str, texts: Sequence[Text], wanted: Sequence[Key]) -> Features:
-        rows = torch.tensor([self.place[text] for text in texts])
-        return {key: self.kept[source, key[1]][key[0]][rows] for key in wanted}
-
-
-class FitFromRead(RouterFit):
-    """The fit of `fit-router`, with features that were read before."""
-
-    def __init__(self, read: Read, settings: Router) -> None:
-        super().__init__(read.model, settings, read.max_tokens, None)
-        self.read = read
-
-    def _features(self, rows: Any, wanted: Sequence[Key]) -> Features:
-        return self.read.of(source_of(self.settings), rows.texts, wanted)
-
-    @property
-    def _encoder(self) -> TextEncoder | None:
-        return self.read.encoder if self.settings.encoder is not None else None
-
-
-def source_of(settings: Router) -> str:
-    if settings.encoder is not None:
-        return "encoder"
-    return "energies" if settings.kind == "projection" else "states"
-
-
-def note(text: str) -> None:
-    typer.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
 
 
 class Bench:
@@ -198,6 +111,8 @@ class Bench:
         for texts in (*self.train.values(), *self.tests.values(), *self.unseen.values()):
             self.read.add(texts)
         self.read.save(work / "features.pt")
+        self.tasks = prepare(self.model, self.test, max_tokens=self.tokens)
+        self.alone = Alone(self.model, self.tasks, work / "alone.pt")
         self.truth = torch.tensor(
             [i for i, name in enumerate(self.model.experts) for _ in self.tests[name]]
         )
@@ -256,7 +171,7 @@ def configurations(quick: bool) -> list[tuple[str, dict[str, Any]]]:
             more = {"rows_per_task": size, "seed": seed}
             found.append(("projection", {"kind": "projection", **more}))
             for kind in KINDS:
-                if kind == "mlp" and (seed or size > 400):
+                if kind == "mlp" and seed:
                     continue  # a dozen networks each
                 found.append((f"{kind}, auto", {"kind": kind, "layer": "auto", **more}))
                 if seed or quick:
@@ -281,7 +196,11 @@ def said(layer: Any) -> str:
 
 
 def grid(bench: Bench, results: Results, quick: bool) -> None:
-    """One row for each router: the sharpness does not matter here, so it is not looked for."""
+    """One row for each router, its scores with all weight on the likeliest expert.
+
+    So the sharpness does not matter here, and is not looked for.
+    """
+    own = experts_scores(bench, results)
     for name, given in configurations(quick):
         key = {"name": name, "rows": given.get("rows_per_task"), "seed": given.get("seed", 0)}
         if results.has("grid", key):
@@ -289,6 +208,8 @@ def grid(bench: Bench, results: Results, quick: bool) -> None:
         settings = Router.model_validate({**given, "sharpness": 1.0, "coverage": COVERAGE})
         router, record, seconds = bench.fitted(settings)
         row = key | measured(bench, router, settings) | {"fit_seconds": seconds}
+        if router.kind != "none":
+            row["top"] = top(bench, router, settings, own)
         row |= {
             "kind": record.kind,
             "layers": record.layers,
@@ -327,6 +248,29 @@ def measured(bench: Bench, router: RouterModule, settings: Router) -> dict[str, 
         }
         row["curve"] = curve(found, right)
     return row
+
+
+def top(
+    bench: Bench, router: RouterModule, settings: Router, own: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Normalised scores with all weight on the likeliest expert, also where the input is new."""
+    found: dict[str, dict[str, float]] = {"known-head": {}, "routed": {}}
+    for name in bench.model.experts:
+        chosen = bench.routed(router, settings, bench.tests[name]).probabilities.argmax(dim=1)
+        for protocol, score in bench.alone.scores(name, chosen.tolist()).items():
+            found[protocol][name] = score
+    return {protocol: normalised(scores, own) for protocol, scores in found.items()}
+
+
+def normalised(scores: dict[str, float], own: Mapping[str, float]) -> dict[str, Any]:
+    """The mean over tasks of score / the expert's own score, and over some of the tasks."""
+    shares = {task: score / own[task] for task, score in scores.items()}
+    return {
+        "scores": scores,
+        "normalised": fmean(shares.values()),
+        "normalised_apart": fmean(shares[task] for task in APART),
+        "normalised_without_noisy": fmean(v for task, v in shares.items() if task != "rte"),
+    }
 
 
 def curve(found: Routed, right: Tensor) -> list[dict[str, float]]:
@@ -372,10 +316,9 @@ SCORED: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def scores(bench: Bench, results: Results) -> None:
-    """Normalised scores of the router's weights under `known-head` and `routed`."""
-    model = bench.model
-    tasks = prepare(model, bench.test, max_tokens=bench.tokens)
+def experts_scores(bench: Bench, results: Results) -> dict[str, float]:
+    """Each expert's own score on its test rows; the first call scores `oracle` and `shared` too."""
+    model, tasks = bench.model, bench.tasks
     if not results.has("scores", {"name": "oracle"}):
         models = [{"model": folder, "name": name} for name, folder in bench.names.items()]
         recipe = Recipe.model_validate({"base_model": bench.base, "models": models})
@@ -388,7 +331,13 @@ def scores(bench: Bench, results: Results) -> None:
             results.add("scores", {"name": protocol} | report.to_dict())
             note(f"{protocol}: {report.normalised():.4f}")
     oracle = results.find("scores", {"name": "oracle"})
-    own = {name: task["expert"] for name, task in oracle["tasks"].items()}
+    return {name: task["expert"] for name, task in oracle["tasks"].items()}
+
+
+def scores(bench: Bench, results: Results) -> None:
+    """Normalised scores of the router's weights under `known-head` and `routed`."""
+    model, tasks = bench.model, bench.tasks
+    own = experts_scores(bench, results)
     for name, given in SCORED:
         if results.has("scores", {"name": name}):
             continue
@@ -399,8 +348,8 @@ def scores(bench: Bench, results: Results) -> None:
         for index, task in enumerate(model.experts):
             found = bench.routed(router, settings, bench.tests[task])
             new += int(found.new.sum())
-            both = answered(bench, task, tasks[task], found, index)
-            for protocol, score in both.items():
+            answers = answered(bench, task, tasks[task], found, index)
+            for protocol, score in answers.items():
                 by_task[protocol][task] = score
         row = {
             "name": name,
@@ -409,15 +358,7 @@ def scores(bench: Bench, results: Results) -> None:
             "said": record.said,
             "new": new / len(bench.truth),
         }
-        for protocol, found_scores in by_task.items():
-            shares = {task: score / own[task] for task, score in found_scores.items()}
-            row[protocol] = {
-                "scores": found_scores,
-                "normalised": sum(shares.values()) / len(shares),
-                "normalised_apart": sum(shares[t] for t in APART) / len(APART),
-                "normalised_without_noisy": sum(v for t, v in shares.items() if t != "rte")
-                / (len(shares) - 1),
-            }
+        row |= {protocol: normalised(found, own) for protocol, found in by_task.items()}
         results.add("scores", row)
         note(
             f"{name}: known head {row['known-head']['normalised']:.4f}, "
@@ -435,12 +376,7 @@ def answered(bench: Bench, name: str, task: Any, found: Routed, index: int) -> d
         for row, guess in zip(rows, guesses_of(output.logits, labels), strict=True):
             own[row] = guess
     chosen = (found.probabilities.argmax(dim=1) == index).tolist()
-    routed = [guess if right else None for guess, right in zip(own, chosen, strict=True)]
-    score = metric(task.task.metric)
-    return {
-        protocol: score(task.truth, filled(guesses, regression=labels is None))
-        for protocol, guesses in (("known-head", own), ("routed", routed))
-    }
+    return both(model, name, task, own, chosen)
 
 
 # -------------------------------------------------------------------------------------------- odd
