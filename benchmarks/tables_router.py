@@ -17,7 +17,10 @@ def router_tables(data: dict[str, Any], made_with: str) -> str:
         f"{settings['rows']} test rows of each task at most, {settings['max_tokens']} tokens. "
         f"{made_with}."
     ]
+    if earlier := data.get("earlier"):
+        parts[0] += f" At commit {earlier['commit']}: {earlier['rows']}."
     parts += [accuracy(data["grid"])] if data.get("grid") else []
+    parts += [top(data["grid"])] if any("top" in row for row in data.get("grid", ())) else []
     parts += [scores(data["scores"])] if data.get("scores") else []
     parts += [unseen(data["grid"], settings)] if data.get("grid") else []
     parts += [odd(data["odd"], settings["coverage"])] if data.get("odd") else []
@@ -53,6 +56,36 @@ def _cell(rows: Rows) -> str:
         return ""
     right, error = (fmean(row[key] for row in rows) for key in ("accuracy", "calibration_error"))
     return f"{percent(right)} ({error:.3f})"
+
+
+def top(grid: Rows) -> str:
+    """Normalised scores by kind and what it reads, against rows per task."""
+    lines = [
+        "**Normalised score** with all weight on the likeliest expert, known head / routed, %, by "
+        "rows per task; the mean of the seeds where there are several. What the router's own "
+        "weights and its fallback make of it is in the next table:",
+        "",
+        "| router | " + " | ".join(map(str, SIZES)) + " |",
+        "| --- |" + " ---: |" * len(SIZES),
+    ]
+    scored = [row for row in grid if "top" in row]
+    for name in dict.fromkeys(row["name"] for row in scored):
+        own = [row for row in scored if row["name"] == name]
+        if {row["rows"] for row in own} & set(SIZES):
+            cells = [_both([r for r in own if r["rows"] == size]) for size in SIZES]
+        else:
+            cells = [_both(own), "", "", ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _both(rows: Rows) -> str:
+    if not rows:
+        return ""
+    return " / ".join(
+        percent(fmean(row["top"][protocol]["normalised"] for row in rows))
+        for protocol in ("known-head", "routed")
+    )
 
 
 def scores(rows: Rows) -> str:

@@ -24,18 +24,23 @@ def matthews(truth: Sequence[float], guess: Sequence[float]) -> float:
     return float(_sklearn().matthews_corrcoef(truth, guess))
 
 
+def f1(truth: Sequence[float], guess: Sequence[float]) -> float:
+    """F1 of class 1."""
+    # labels=[1]: a guess may also be -1, "no answer"
+    score = _sklearn().f1_score(truth, guess, labels=[1], average="macro", zero_division=0)
+    return float(score)
+
+
 def accuracy_f1(truth: Sequence[float], guess: Sequence[float]) -> float:
     """Mean of accuracy and the F1 of class 1, as GLUE scores MRPC and QQP."""
-    # labels=[1]: a guess may also be -1, "no answer"
-    f1 = float(_sklearn().f1_score(truth, guess, labels=[1], average="macro", zero_division=0))
-    return (accuracy(truth, guess) + f1) / 2
+    return (accuracy(truth, guess) + f1(truth, guess)) / 2
 
 
 def macro_f1(truth: Sequence[float], guess: Sequence[float]) -> float:
     """Mean F1 over the classes that occur in `truth`."""
     classes = sorted(set(truth))
-    f1 = _sklearn().f1_score(truth, guess, labels=classes, average="macro", zero_division=0)
-    return float(f1)
+    score = _sklearn().f1_score(truth, guess, labels=classes, average="macro", zero_division=0)
+    return float(score)
 
 
 def pearson_spearman(truth: Sequence[float], guess: Sequence[float]) -> float:
@@ -56,6 +61,7 @@ Metric = Callable[[Sequence[float], Sequence[float]], float]
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "matthews": matthews,
+    "f1": f1,
     "accuracy_f1": accuracy_f1,
     "macro_f1": macro_f1,
     "pearson_spearman": pearson_spearman,

@@ -302,7 +302,7 @@ def guesses_of(logits: Tensor, names: list[str] | None) -> list[float]:
     return values.float().tolist()
 
 
-def filled(guesses: list[float | None], *, regression: bool) -> list[float]:
+def filled(guesses: Sequence[float | None], *, regression: bool) -> list[float]:
     """What stands for "no answer": see `evaluate`."""
     answered = [guess for guess in guesses if guess is not None]
     instead = (fmean(answered) if answered else 0.0) if regression else -1.0

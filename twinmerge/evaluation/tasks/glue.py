@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from . import Task
 
+_PAIR = ("sentence1", "sentence2")
+
 GLUE = {
-    "cola": Task("matthews", ("sentence",)),
-    "sst2": Task("accuracy", ("sentence",)),
-    "mrpc": Task("accuracy_f1", ("sentence1", "sentence2")),
-    "stsb": Task("pearson_spearman", ("sentence1", "sentence2")),
-    "qqp": Task("accuracy_f1", ("question1", "question2")),
-    "mnli": Task("accuracy", ("premise", "hypothesis")),
-    "qnli": Task("accuracy", ("question", "sentence")),
-    "rte": Task("accuracy", ("sentence1", "sentence2")),
+    "cola": Task("matthews", ("sentence",), ("unacceptable", "acceptable")),
+    "sst2": Task("accuracy", ("sentence",), ("negative", "positive")),
+    "mrpc": Task("accuracy_f1", _PAIR, ("not_equivalent", "equivalent")),
+    "stsb": Task("pearson_spearman", _PAIR),
+    "qqp": Task("accuracy_f1", ("question1", "question2"), ("not_duplicate", "duplicate")),
+    "mnli": Task("accuracy", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "qnli": Task("accuracy", ("question", "sentence"), ("entailment", "not_entailment")),
+    "rte": Task("accuracy", _PAIR, ("entailment", "not_entailment")),
 }
