@@ -1,0 +1,1 @@
+"""What the studies share: experts and rows opened once, records that grow, tables and plots."""

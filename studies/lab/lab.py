@@ -1,0 +1,305 @@
+"""Experts, base and rows of a study, opened once, and the ways to score a merge of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from twinmerge.artifact.format import MANIFEST
+from twinmerge.artifact.reader import Artifact
+from twinmerge.data import Text, batches, read_tasks, text_of
+from twinmerge.errors import InputError
+from twinmerge.evaluation.metrics import metric
+from twinmerge.evaluation.reference import expert_model, score_plain
+from twinmerge.evaluation.score import Prepared, filled, guesses_of, prepare
+from twinmerge.evaluation.tasks import task_for
+from twinmerge.merging.build import build
+from twinmerge.recipe import Recipe, Router
+from twinmerge.runtime.export import DenseMerge
+from twinmerge.runtime.load import load, load_router
+from twinmerge.runtime.model import TwinModel
+from twinmerge.runtime.router.fit import fit_router, store_router
+from twinmerge.runtime.router.router import Routed
+
+from .records import Records
+
+Scores = dict[str, float]
+"""Task -> score."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all records of a study have in common."""
+
+    title: str = ""
+    choose_rows: int | None = 200
+    """Validation rows of each task that choose; None: all."""
+    test_rows: int | None = None
+    router_rows: int = 1000
+    max_tokens: int = 96
+    seeds: tuple[int, ...] = (0, 1, 2)
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    noisy: tuple[str, ...] = ("rte",)
+    """Weak experts whose normalised score is mostly noise: the mean is given without them, too."""
+
+
+@dataclass
+class Lab:
+    """Experts and rows of a study.
+
+    names:  of the experts, one for each task
+    models: their folders
+    data:   task -> folder with `<split>.jsonl.gz`
+    work:   where artifacts go; they are found again by what they were built from
+    """
+
+    names: list[str]
+    models: Mapping[str, Path]
+    data: Mapping[str, Path]
+    base: str
+    work: Path
+    settings: Settings
+    records: Records
+    _prepared: dict[str, dict[str, Prepared]] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------ what to merge
+
+    def recipe(
+        self,
+        method: str = "linear",
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        each: Mapping[str, Mapping[str, Any]] | None = None,
+        **exclusive: Any,
+    ) -> Recipe:
+        """A recipe of some experts (default: all).
+
+        parameters: of the method; each: of single experts, by name
+        exclusive:  what is kept of every expert; default: nothing
+        """
+        names = list(names or self.names)
+        return Recipe.model_validate(
+            {
+                "base_model": self.base,
+                "models": [
+                    {"model": str(self.models[name]), "name": name}
+                    | ({"parameters": dict(each[name])} if each and name in each else {})
+                    for name in names
+                ],
+                "merge_method": method,
+                "parameters": dict(parameters or {}),
+                "exclusive": exclusive or {"rank": "none"},
+            }
+        )
+
+    def built(self, recipe: Recipe) -> Artifact:
+        """The artifact of a recipe, built if it is not there."""
+        text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+        folder = self.work / "artifacts" / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not (folder / MANIFEST).is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            build(recipe, folder)
+        return Artifact(folder, check=False)
+
+    def drop(self, recipe: Recipe) -> None:
+        """Remove an artifact that is not needed again."""
+        shutil.rmtree(self.built(recipe).folder)
+
+    @cached_property
+    def plain(self) -> TwinModel:
+        """The pretrained model with every expert's head: whose rows, labels and tokenizer count."""
+        recipe = self.recipe("task_arithmetic", {"weight": 0.0})
+        return load(self.built(recipe).folder, check=False)
+
+    def expert(self, name: str) -> PreTrainedModel:
+        """One expert as a plain model with its head."""
+        return expert_model(self.plain, name, self.recipe("task_arithmetic", {"weight": 0.0}))
+
+    # --------------------------------------------------------------------------------------- rows
+
+    def prepared(self, split: str) -> dict[str, Prepared]:
+        """Every task's rows of `test` or `validation`, as many as the settings say."""
+        if split not in self._prepared:
+            kept = {"test": self.settings.test_rows, "validation": self.settings.choose_rows}
+            rows = {name: self._rows(name, split)[: kept[split]] for name in self.names}
+            self._prepared[split] = prepare(self.plain, rows, max_tokens=self.settings.max_tokens)
+        return self._prepared[split]
+
+    def texts(self, name: str, split: str) -> list[Text]:
+        columns = task_for(name, None).columns
+        found = [text_of(row, columns) for row in self._rows(name, split)]
+        return [text for text in found if isinstance(text, tuple)]
+
+    def _rows(self, name: str, split: str) -> list[dict[str, Any]]:
+        found, _ = read_tasks(self.data[name], [name], split)
+        return found[name]
+
+    # ------------------------------------------------------------------------------------- scores
+
+    @cached_property
+    def own(self) -> dict[str, Scores]:
+        """Split -> each expert's own score. Raises `InputError` for a score of 0 or less."""
+        found: dict[str, Scores] = {"validation": {}, "test": {}}
+        for name in self.names:
+
+            def scored(name: str = name) -> dict[str, Any]:
+                plain = self.expert(name)
+                return {
+                    split: vars(score_plain(self.plain, plain, name, self.prepared(split)[name]))
+                    for split in found
+                }
+
+            record = self.records.once("experts", name, {}, scored)
+            for split, scores in found.items():
+                scores[name] = record[split]["score"]
+                if scores[name] <= 0:
+                    raise InputError(
+                        f"expert '{name}' scores {scores[name]:.3f} on its own {split} rows, so no "
+                        "normalised score exists. Does its checkpoint belong to these rows?"
+                    )
+        return found
+
+    def normalised(self, scores: Scores, split: str) -> dict[str, Any]:
+        """The paper's equation 4, with the scores it is made of."""
+        shares = {name: score / self.own[split][name] for name, score in scores.items()}
+        quiet = [share for name, share in shares.items() if name not in self.settings.noisy]
+        return {
+            "scores": scores,
+            "normalised": sum(shares.values()) / len(shares),
+            "normalised_without_noisy": sum(quiet) / len(quiet) if quiet else None,
+            "mean": sum(scores.values()) / len(scores),
+            "rows": {name: len(self.prepared(split)[name].truth) for name in scores},
+        }
+
+    def dense(self, model: TwinModel, split: str, *, oracle: bool) -> dict[str, Any]:
+        """Under `oracle` (all weight on the true expert) or `shared` (none), the true head.
+
+        Weights are the same for all rows of a task, so it is merged densely; the runtime's own
+        answers are the same (design, invariant 2).
+        """
+        merge = DenseMerge(model)
+        scores = {}
+        for index, name in enumerate(model.experts):
+            weights = torch.zeros(len(model.experts))
+            weights[index] = float(oracle)
+            merged = merge.at(weights, name)
+            scores[name] = score_plain(model, merged, name, self.prepared(split)[name]).score
+        return self.normalised(scores, split)
+
+    def alone(self, name: str, plain: PreTrainedModel, split: str) -> float:
+        """One task's score with a plain model that has its head."""
+        return score_plain(self.plain, plain, name, self.prepared(split)[name]).score
+
+    # ------------------------------------------------------------------------------------- router
+
+    def route(self, artifact: Artifact, seed: int = 0, **settings: Any) -> TwinModel:
+        """The artifact opened with a router on it, that of an earlier one with the same shared
+        expert, experts and settings where there is one."""
+        manifest = artifact.manifest
+        wanted = Router(rows_per_task=self.settings.router_rows, seed=seed, **settings)
+        key = json.dumps(
+            [manifest.shared_files(), list(manifest.names), wanted.model_dump(mode="json")],
+            sort_keys=True,
+        )
+        place = self.work / "routers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
+        other = Path(place.read_text()) if place.is_file() else None
+        if other is not None and (other / MANIFEST).is_file() and other != artifact.folder:
+            known = Artifact(other, check=False)
+            assert known.manifest.router is not None
+            store_router(artifact, load_router(known), known.manifest.router)
+        elif other is None or not (other / MANIFEST).is_file():
+            texts = {name: self.texts(name, "train") for name in manifest.names}
+            kept = self.work / "routers" / place.stem
+            if kept.exists():
+                shutil.rmtree(kept)
+            shutil.copytree(artifact.folder, kept)
+            fit_router(kept, texts, wanted, max_tokens=self.settings.max_tokens)
+            place.write_text(str(kept))
+            return self.route(artifact, seed, **settings)
+        return load(artifact.folder, check=False)
+
+    @torch.no_grad()
+    def routed(self, model: TwinModel, name: str, split: str) -> Routed:
+        """What the router says of every row of one task, in the rows' order."""
+        encoded = self.prepared(split)[name].encoded
+        parts, order = [], []
+        for rows, batch in batches(model.tokenizer, encoded, 32):
+            parts.append(model.routing(allowed=None, **batch))
+            order += rows
+        back = torch.tensor(order).argsort()
+        names = [each.name for each in fields(Routed)]
+        return Routed(
+            **{name: torch.cat([getattr(part, name) for part in parts])[back] for name in names}
+        )
+
+    @torch.no_grad()
+    def weighted(
+        self, model: TwinModel, name: str, weights: Tensor, split: str, head: str | None = None
+    ) -> list[float]:
+        """Answers to one task's rows with a weighting for each row, under its own head.
+
+        weights: (row, expert)
+        """
+        task, head = self.prepared(split)[name], head or name
+        found = [0.0] * len(task.encoded)
+        for rows, batch in batches(model.tokenizer, task.encoded, 32):
+            output = model(**batch, weights=weights[rows], head=head)
+            for row, guess in zip(
+                rows, guesses_of(output.logits, self.plain.labels[name]), strict=True
+            ):
+                found[row] = guess
+        return found
+
+    def protocols(
+        self, model: TwinModel, routes: Mapping[str, Routed], split: str
+    ) -> dict[str, Any]:
+        """`known-head` and `routed`, from one pass: they differ in whose head is believed."""
+        known: Scores = {}
+        routed: Scores = {}
+        for index, name in enumerate(model.experts):
+            guesses = self.weighted(model, name, routes[name].weights, split)
+            right = (routes[name].probabilities.argmax(dim=1) == index).tolist()
+            known[name] = self.scored(name, guesses, split)
+            routed[name] = self.scored(
+                name, [g if r else None for g, r in zip(guesses, right, strict=True)], split
+            )
+        return {
+            "known-head": self.normalised(known, split),
+            "routed": self.normalised(routed, split),
+        }
+
+    def scored(self, name: str, guesses: Sequence[float | None], split: str) -> float:
+        """None: no answer, see `evaluate`."""
+        task = self.prepared(split)[name]
+        regression = self.plain.labels[name] is None
+        return metric(task.task.metric)(task.truth, filled(guesses, regression=regression))
+
+
+def bytes_of(artifact: Artifact) -> dict[str, Any]:
+    """What an artifact stores.
+
+    share: of one expert's bytes, mean over experts, in the bytes of one float16 base model
+    """
+    manifest = artifact.manifest
+    own = [tensor for tensor in manifest.tensors if tensor.bytes and tensor.tied_to is None]
+    values = sum(prod(tensor.shape) for tensor in own)
+    each = [expert.bytes for expert in manifest.experts]
+    return {
+        "shared": sum(tensor.bytes for tensor in manifest.tensors),
+        "experts": sum(each),
+        "router": manifest.router.bytes if manifest.router else 0,
+        "base_float16": 2 * values,
+        "share": sum(each) / len(each) / (2 * values),
+    }
