@@ -26,6 +26,7 @@ from typing import Annotated
 
 import typer
 from lab.analysis import cost, grouped, routing
+from lab.better import better
 from lab.compression import compression
 from lab.lab import Lab, Settings
 from lab.page import write
@@ -54,6 +55,7 @@ class Part(str, Enum):
     grouped = "grouped"
     cost = "cost"
     paths = "paths"
+    better = "better"
 
 
 PARTS: dict[Part, Callable[[Lab, Say], None]] = {
@@ -68,9 +70,12 @@ PARTS: dict[Part, Callable[[Lab, Say], None]] = {
     Part.grouped: grouped,
     Part.cost: cost,
     Part.paths: paths,
+    Part.better: better,
 }
 
-QUICK = Settings(choose_rows=8, test_rows=24, router_rows=40, seeds=(0,), ranks=(1, 16))
+QUICK = Settings(
+    choose_rows=8, better_rows=8, test_rows=24, router_rows=40, seeds=(0,), ranks=(1, 16)
+)
 
 
 def folders(places: list[Path], files: tuple[str, ...]) -> dict[str, Path]:

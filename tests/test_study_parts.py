@@ -137,7 +137,8 @@ def test_more_tasks_say_what_a_merge_of_just_these_scores_and_stores(parts, few,
     for (name, count), record in found.items():
         assert record["settings"]["names"] == order[:count] == list(record["known-head"]["scores"])
         if name == "Twin-Merging":
-            artifact = lab.built(lab.recipe("linear", names=order[:count], rank=16))
+            recipe = lab.recipe("linear", names=order[:count], stored="float16", rank=16)
+            artifact = lab.built(recipe)
             manifest, bytes_ = artifact.manifest, record["bytes"]
             assert bytes_["experts"] == sum(expert.bytes for expert in manifest.experts)
             assert bytes_["shared"] == sum(tensor.bytes for tensor in manifest.tensors)
@@ -279,7 +280,7 @@ def test_the_exact_way_of_the_grouped_variant_scores_what_the_study_does(parts, 
     exact, *ways = of(lab, "grouped")
     assert [way["settings"]["groups"] for way in ways] == [1, 5, 20]
     assert exact["loss"] is None and ways[-1]["loss"]["merges"] >= ways[0]["loss"]["merges"]
-    model = lab.route(lab.built(lab.recipe("linear", rank=16)), 0)
+    model = lab.route(lab.built(lab.recipe("linear", stored="float16", rank=16)), 0)
     routes = {name: lab.routed(model, name, "test") for name in EXPERTS}
     found = lab.protocols(model, routes, "test")
     for name in ("known-head", "routed"):
@@ -294,7 +295,7 @@ def test_cost_is_the_papers_formulas_beside_what_is_there(parts, lab, monkeypatc
     monkeypatch.setattr(analysis, "TIMED_ROWS", 4)
     analysis.cost(lab, quiet)
     (record,) = of(lab, "cost")
-    manifest = lab.built(lab.recipe("linear", rank=16)).manifest
+    manifest = lab.built(lab.recipe("linear", stored="float16", rank=16)).manifest
     count, storage = record["parameters"], record["storage"]
     assert count["total"] == count["active"] + count["frozen"]
     assert 4 * count["total"] == record["bytes"]["shared"], "float32"

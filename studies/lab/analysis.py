@@ -28,11 +28,10 @@ from twinmerge.merging.build import build
 from twinmerge.recipe import Router
 from twinmerge.runtime.attach import differs
 from twinmerge.runtime.grouped import GROUPS, By, run_grouped
-from twinmerge.runtime.load import load
 from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.router.fit import fit_router
 
-from .lab import Lab, bytes_of
+from .lab import STORED, Lab, bytes_of, opened
 from .static import STATIC, Say
 from .tasks import RANK, SEED, among
 from .twin import MAIN
@@ -60,7 +59,7 @@ def routing(lab: Lab, say: Say) -> None:
         with among(lab, order[:count]) as some:
 
             def routed(some: Lab = some) -> dict[str, Any]:
-                artifact = some.built(some.recipe(STATIC[MAIN][0], rank=RANK))
+                artifact = some.built(some.recipe(STATIC[MAIN][0], stored=STORED, rank=RANK))
                 model = some.route(artifact, SEED)
                 route = lab.routed(model, task, "test")
                 likely = route.probabilities.mean(dim=0).tolist()
@@ -92,7 +91,9 @@ def grouped(lab: Lab, say: Say) -> None:
 
     def compared() -> list[Way]:
         if not found:
-            model = lab.route(lab.built(lab.recipe(STATIC[MAIN][0], rank=RANK)), SEED)
+            model = lab.route(
+                lab.built(lab.recipe(STATIC[MAIN][0], stored=STORED, rank=RANK)), SEED
+            )
             found.extend(
                 compare_grouped(model, lab.prepared("test"), WAYS, reference=lab.own["test"])
             )
@@ -150,12 +151,13 @@ def cost(lab: Lab, say: Say) -> None:
         router = Router(rows_per_task=lab.settings.router_rows, seed=SEED)
         with TemporaryDirectory(dir=lab.work) as work:
             folder, started = Path(work) / "artifact", time.perf_counter()
-            build(lab.recipe(method, rank=RANK), folder)
+            build(lab.recipe(method, stored=STORED, rank=RANK), folder)
             built = time.perf_counter()
-            fit_router(folder, texts, router, max_tokens=lab.settings.max_tokens)
+            limit = lab.settings.max_tokens
+            fit_router(folder, texts, router, max_tokens=limit, dtype="float32")
             seconds = {"build": built - started, "router": time.perf_counter() - built}
             artifact = Artifact(folder, check=False)
-            model, rows = load(folder, check=False), mixed(lab.prepared("test"))
+            model, rows = opened(artifact), mixed(lab.prepared("test"))
             batch = middle(model, rows)
             return {
                 "storage": storage(artifact),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .lab import Lab
+from twinmerge.errors import RecipeError
+
+from .lab import STORED, Lab
 from .static import Say
 from .twin import MAIN, STATIC, oracle
 
@@ -22,7 +24,7 @@ def settings(lab: Lab) -> list[dict[str, Any]]:
     ]
     found += [
         {"budget": f"{share}%", "dtype": dtype}
-        for dtype, shares in (("float16", (1, 2, 4)), ("int4", (0.5, 1, 2)))
+        for dtype, shares in (("float16", (1, 2, 3.5, 7)), ("int4", (0.35, 1, 2, 3.5, 7)))
         for share in shares
     ]
     found += [{"energy": share, "dtype": "float16"} for share in (0.3, 0.6, 0.9)]
@@ -40,5 +42,9 @@ def settings(lab: Lab) -> list[dict[str, Any]]:
 def compression(lab: Lab, say: Say) -> None:
     method, _ = STATIC[MAIN]
     for exclusive in settings(lab):
-        oracle(lab, say, MAIN, method, {}, exclusive)
-        lab.drop(lab.recipe(method, {}, **exclusive))
+        try:
+            oracle(lab, say, MAIN, method, {}, exclusive)
+        except RecipeError as problem:  # a budget that does not pay for what is kept whole
+            say(f"on {MAIN}, {exclusive}: left out, {problem}")
+            continue
+        lab.drop(lab.recipe(method, {}, stored=STORED, **exclusive))

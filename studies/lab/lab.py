@@ -34,6 +34,12 @@ from twinmerge.runtime.router.router import Routed
 
 from .records import Records
 
+ALL = "all validation"
+"""A split: more validation rows than those that choose coefficients, for what is tried once."""
+
+STORED = "float16"
+"""What Twin-Merging is stored in, as the paper's appendix E counts it."""
+
 Scores = dict[str, float]
 """Task -> score."""
 
@@ -44,7 +50,9 @@ class Settings:
 
     title: str = ""
     choose_rows: int | None = 200
-    """Validation rows of each task that choose; None: all."""
+    """Validation rows of each task that choose coefficients; None: all."""
+    better_rows: int | None = None
+    """Validation rows of each task that choose what is better than the paper."""
     test_rows: int | None = None
     router_rows: int = 1000
     max_tokens: int = 96
@@ -82,11 +90,13 @@ class Lab:
         *,
         names: Sequence[str] | None = None,
         each: Mapping[str, Mapping[str, Any]] | None = None,
+        stored: str | None = None,
         **exclusive: Any,
     ) -> Recipe:
         """A recipe of some experts (default: all).
 
         parameters: of the method; each: of single experts, by name
+        stored:     dtype of what is written; default: the base's
         exclusive:  what is kept of every expert; default: nothing
         """
         names = list(names or self.names)
@@ -101,6 +111,7 @@ class Lab:
                 "merge_method": method,
                 "parameters": dict(parameters or {}),
                 "exclusive": exclusive or {"rank": "none"},
+                "out_dtype": stored,
             }
         )
 
@@ -121,7 +132,7 @@ class Lab:
     def plain(self) -> TwinModel:
         """The pretrained model with every expert's head: whose rows, labels and tokenizer count."""
         recipe = self.recipe("task_arithmetic", {"weight": 0.0})
-        return load(self.built(recipe).folder, check=False)
+        return opened(self.built(recipe))
 
     def expert(self, name: str) -> PreTrainedModel:
         """One expert as a plain model with its head."""
@@ -130,10 +141,14 @@ class Lab:
     # --------------------------------------------------------------------------------------- rows
 
     def prepared(self, split: str) -> dict[str, Prepared]:
-        """Every task's rows of `test` or `validation`, as many as the settings say."""
+        """Every task's rows of `test`, `validation` or `ALL`, as many as the settings say."""
         if split not in self._prepared:
-            kept = {"test": self.settings.test_rows, "validation": self.settings.choose_rows}
-            rows = {name: self._rows(name, split)[: kept[split]] for name in self.names}
+            file, limit = {
+                "test": ("test", self.settings.test_rows),
+                "validation": ("validation", self.settings.choose_rows),
+                ALL: ("validation", self.settings.better_rows),
+            }[split]
+            rows = {name: self._rows(name, file)[:limit] for name in self.names}
             self._prepared[split] = prepare(self.plain, rows, max_tokens=self.settings.max_tokens)
         return self._prepared[split]
 
@@ -151,7 +166,15 @@ class Lab:
     @cached_property
     def own(self) -> dict[str, Scores]:
         """Split -> each expert's own score. Raises `InputError` for a score of 0 or less."""
-        found: dict[str, Scores] = {"validation": {}, "test": {}}
+        return self._own("experts", ("validation", "test"))
+
+    @cached_property
+    def own_of_all(self) -> dict[str, Scores]:
+        """The same for `ALL`."""
+        return self._own(f"experts, {ALL}", (ALL,))
+
+    def _own(self, part: str, splits: Sequence[str]) -> dict[str, Scores]:
+        found: dict[str, Scores] = {split: {} for split in splits}
         for name in self.names:
 
             def scored(name: str = name) -> dict[str, Any]:
@@ -161,7 +184,7 @@ class Lab:
                     for split in found
                 }
 
-            record = self.records.once("experts", name, {}, scored)
+            record = self.records.once(part, name, {}, scored)
             for split, scores in found.items():
                 scores[name] = record[split]["score"]
                 if scores[name] <= 0:
@@ -173,7 +196,8 @@ class Lab:
 
     def normalised(self, scores: Scores, split: str) -> dict[str, Any]:
         """The paper's equation 4, with the scores it is made of."""
-        shares = {name: score / self.own[split][name] for name, score in scores.items()}
+        own = (self.own_of_all if split == ALL else self.own)[split]
+        shares = {name: score / own[name] for name, score in scores.items()}
         quiet = [share for name, share in shares.items() if name not in self.settings.noisy]
         return {
             "scores": scores,
@@ -225,10 +249,10 @@ class Lab:
             if kept.exists():
                 shutil.rmtree(kept)
             shutil.copytree(artifact.folder, kept)
-            fit_router(kept, texts, wanted, max_tokens=self.settings.max_tokens)
+            fit_router(kept, texts, wanted, max_tokens=self.settings.max_tokens, dtype="float32")
             place.write_text(str(kept))
             return self.route(artifact, seed, **settings)
-        return load(artifact.folder, check=False)
+        return opened(artifact)
 
     @torch.no_grad()
     def routed(self, model: TwinModel, name: str, split: str) -> Routed:
@@ -285,6 +309,11 @@ class Lab:
         task = self.prepared(split)[name]
         regression = self.plain.labels[name] is None
         return metric(task.task.metric)(task.truth, filled(guesses, regression=regression))
+
+
+def opened(artifact: Artifact) -> TwinModel:
+    """The model of an artifact, computing in float32 whatever it is stored in."""
+    return load(artifact.folder, check=False, dtype="float32")
 
 
 def bytes_of(artifact: Artifact) -> dict[str, Any]:

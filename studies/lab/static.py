@@ -6,9 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from twinmerge.runtime.load import load
-
-from .lab import Lab
+from .lab import Lab, opened
 
 Say = Callable[[str], None]
 Parameters = dict[str, Any]
@@ -37,9 +35,9 @@ STATIC: dict[str, tuple[str, Mapping[str, list[Any]]]] = {
     ),
     "Model Stock": ("model_stock", {}),
     "SCE": ("sce", {"select_topk": [0.3, 1.0]}),
-    "TSV-M": ("tsv_m", {"lambda": [0.6, 1.0, 1.4]}),
-    "Iso-C": ("iso_c", {"lambda": [0.6, 1.0, 1.4]}),
-    "Iso-CTS": ("iso_cts", {"lambda": [0.6, 1.0, 1.4]}),
+    "TSV-M": ("tsv_m", {"lambda": [1.0, 1.4, 2.0]}),
+    "Iso-C": ("iso_c", {"lambda": [1.4, 2.0, 3.0, 4.0]}),
+    "Iso-CTS": ("iso_cts", {"lambda": [1.4, 2.0, 3.0, 4.0]}),
 }
 """Name -> method, and the values of its parameters that are tried. `slerp` takes two models, and
 is no merge of eight."""
@@ -56,7 +54,7 @@ def chosen(lab: Lab, name: str, say: Say) -> Parameters:
 
         def tried(parameters: Parameters = parameters) -> dict[str, Any]:
             recipe = lab.recipe(method, parameters)
-            model = load(lab.built(recipe).folder, check=False)
+            model = opened(lab.built(recipe))
             found = lab.dense(model, "validation", oracle=False)
             lab.drop(recipe)
             return found
@@ -77,7 +75,7 @@ def static(lab: Lab, say: Say) -> None:
 
         def scored(method: str = method, parameters: Parameters = parameters) -> dict[str, Any]:
             recipe = lab.recipe(method, parameters)
-            model = load(lab.built(recipe).folder, check=False)
+            model = opened(lab.built(recipe))
             return {"protocol": "known-head"} | lab.dense(model, "test", oracle=False)
 
         settings = {"method": method, "parameters": parameters}

@@ -13,9 +13,8 @@ from typing import Any
 
 from twinmerge.artifact.reader import Artifact
 from twinmerge.evaluation.tasks.glue import GLUE
-from twinmerge.runtime.load import load
 
-from .lab import Lab, bytes_of
+from .lab import STORED, Lab, bytes_of, opened
 from .static import STATIC, Parameters, Say
 from .twin import MAIN, routing_of
 
@@ -79,7 +78,7 @@ def static_scores(some: Lab, method: str, parameters: Parameters, split: str) ->
     """A static merge of a lab's experts, true heads."""
     recipe = some.recipe(method, parameters)
     artifact = some.built(recipe)
-    model = load(artifact.folder, check=False)
+    model = opened(artifact)
     found = {"bytes": bytes_of(artifact), "known-head": some.dense(model, split, oracle=False)}
     some.drop(recipe)
     return found
@@ -120,7 +119,7 @@ def _twin(some: Lab, say: Say) -> None:
     exclusive: dict[str, Any] = {"rank": RANK}
 
     def scored() -> dict[str, Any]:
-        artifact = some.built(some.recipe(method, **exclusive))
+        artifact = some.built(some.recipe(method, stored=STORED, **exclusive))
         model = some.route(artifact, SEED)
         routes = {name: some.routed(model, name, "test") for name in some.names}
         return {

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from twinmerge.artifact.reader import Artifact
-from twinmerge.runtime.load import load
 
-from .lab import Lab, bytes_of
+from .lab import STORED, Lab, bytes_of, opened
 from .static import STATIC, Parameters, Say, chosen
 
 SHARED = ("averaging", "task arithmetic", "TIES")
@@ -39,8 +38,8 @@ def oracle(
     lab: Lab, say: Say, shared: str, method: str, parameters: Parameters, exclusive: dict[str, Any]
 ) -> dict[str, Any]:
     def scored() -> dict[str, Any]:
-        artifact = lab.built(lab.recipe(method, parameters, **exclusive))
-        model = load(artifact.folder, check=False)
+        artifact = lab.built(lab.recipe(method, parameters, stored=STORED, **exclusive))
+        model = opened(artifact)
         found = lab.dense(model, "test", oracle=True)
         return {"protocol": "oracle", "bytes": bytes_of(artifact)} | found
 
@@ -65,7 +64,7 @@ def routed(
     """
     routes: dict[str, Any] = {}
     for rank in sorted(ranks, key=lambda rank: rank != 16):
-        recipe = lab.recipe(method, parameters, rank=rank)
+        recipe = lab.recipe(method, parameters, stored=STORED, rank=rank)
 
         def scored(recipe: Any = recipe) -> dict[str, Any]:
             artifact = lab.built(recipe)
@@ -145,10 +144,10 @@ def _ablated(
     each: dict[str, Any],
 ) -> None:
     def scored() -> dict[str, Any]:
-        recipe = lab.recipe(method, parameters, each=each, **exclusive)
+        recipe = lab.recipe(method, parameters, each=each, stored=STORED, **exclusive)
         artifact = lab.built(recipe)
         if not exclusive:
-            model = load(artifact.folder, check=False)
+            model = opened(artifact)
             return {"shared": lab.dense(model, "test", oracle=False)}
         model = lab.route(artifact)
         routes = {task: lab.routed(model, task, "test") for task in model.experts}

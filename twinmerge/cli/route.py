@@ -12,6 +12,7 @@ from ..errors import InputError
 from .app import app
 from .options import (
     Columns,
+    Dtype,
     Json,
     MaxTokens,
     Out,
@@ -81,6 +82,7 @@ def fit_router(
     seed: Annotated[int | None, typer.Option(help="Draws rows and parts.", min=0)] = None,
     columns: Columns = None,
     max_tokens: MaxTokens = None,
+    dtype: Dtype = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -128,7 +130,12 @@ def fit_router(
         }
     with stages(quiet) as progress:
         fitted = fit(
-            out, texts, checked(Router, settings), max_tokens=max_tokens, progress=progress
+            out,
+            texts,
+            checked(Router, settings),
+            max_tokens=max_tokens,
+            dtype=dtype,
+            progress=progress,
         )
     show.print_result(
         fitted.model_dump(mode="json") | {"said": fitted.said}, as_json, show.router_text

@@ -77,6 +77,7 @@ def fit_router(
     settings: Settings | None = None,
     *,
     max_tokens: int | None = None,
+    dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> RouterRecord:
     """Fit the router of an artifact on texts of every expert, and store it there.
@@ -85,6 +86,8 @@ def fit_router(
         chats (`data.chat_of`). The kinds `none` and `projection` need none
     settings: default those of the recipe that the artifact was built from
     max_tokens: longer texts are cut to this many tokens; default 512, or what the model takes
+    dtype: what the model computes in meanwhile, as in `load`; default as stored. Half precision is
+        slow on most processors
 
     What the router reads (unless set) is the cheapest of what the held-out rows cannot tell from
     the best: an early layer costs a smaller part of a forward. Returns what is recorded in the
@@ -97,7 +100,7 @@ def fit_router(
             "twinmerge.data.read_tasks(folder, experts, split) reads rows of a folder."
         )
     with alone(Path(folder)), torch.inference_mode(False), torch.enable_grad():
-        model = load(folder, check=True)
+        model = load(folder, check=True, dtype=dtype)
         chosen = settings or Settings.model_validate(model.manifest.recipe.get("router", {}))
         fit = RouterFit(model, chosen, max_tokens, progress)
         router, record = fit.run(texts)

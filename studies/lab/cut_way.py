@@ -1,0 +1,445 @@
+"""One way to cut all experts to some bytes: its dials, the files it makes, and what these hold.
+
+An expert's file holds its head, its vectors (what is no matrix, as differences to the shared
+expert), and the factors of each matrix: `W_t ≈ W_s + B A`. What no expert changed is in none. All
+is made from train inputs and weights; scores are those of models made from the files, read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
+from random import Random
+from statistics import fmean, median_low
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from twinmerge.data import Text, batches, encode
+from twinmerge.merging.linalg import SVD, svd
+
+from . import cut_refit
+from .cut_activation import aware
+from .cut_basis import Basis, cores, joint, product
+from .cut_correction import correctable, corrected
+from .cut_inputs import Moments, moments
+from .cut_ranks import Ranks, across, budgeted, even
+from .cut_store import Dtype, decode, room, row_size
+from .cut_store import encode as packed_rows
+from .lab import Lab
+from .rival_packed import Packed, Vector, from_file, to_file
+from .rival_sources import Sources
+
+FACTORS, VECTORS, RANKS, BASES = "factors", "vectors", "ranks", "bases"
+"""Names in a file."""
+
+BATCH = 32
+
+MOST_INPUTS = 256
+"""Of each task; fewer inputs are the first of these."""
+
+
+TITLES = {
+    "even": "",
+    "budget": "budgeted ranks",
+    "across": "budget across experts",
+    "basis": "shared basis",
+}
+"""Of ranks."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """The dials; those of `Way()` are the paper's.
+
+    factors: dtype of factors, bases and cores
+    vectors: dtype of vectors, or "none": they are not kept
+    ranks:   one for all; by a budget of each expert; by one of all experts together; or a basis
+             shared by the experts with cores of one size
+    rounds:  how often the shared expert is refitted
+    correct: whether biases are corrected
+    ridge:   of the activation-aware SVD; None: the plain one
+    inputs:  of each task for biases and activations, at most `MOST_INPUTS`
+    """
+
+    factors: Dtype = "float16"
+    vectors: Dtype | Literal["none"] = "float16"
+    ranks: Literal["even", "budget", "across", "basis"] = "even"
+    rounds: int = 0
+    correct: bool = False
+    ridge: float | None = None
+    inputs: int = 0
+
+    @property
+    def possible(self) -> bool:
+        """A bias that is not kept cannot be corrected; only own factors are refitted or aware, and
+        the refit knows no activations."""
+        changed = (self.ranks == "basis", self.rounds > 0, self.ridge is not None)
+        return not (self.correct and self.vectors == "none") and sum(changed) <= 1
+
+    @property
+    def title(self) -> str:
+        parts = [
+            ("", f"{self.factors} factors")[self.factors != "float16"],
+            TITLES[self.ranks],
+            {"float16": "", "none": "vectors not kept"}.get(
+                self.vectors, f"vectors in {self.vectors}"
+            ),
+            ("", "refitted shared expert")[self.rounds > 0],
+            ("", "activation-aware SVD")[self.ridge is not None],
+            ("", "bias correction")[self.correct],
+        ]
+        return " + ".join(part for part in parts if part) or "plain"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dtypes and ranks, and what is turned on."""
+        always = ("factors", "vectors", "ranks")
+        return {key: value for key, value in asdict(self).items() if key in always or value}
+
+
+class TooLarge(Exception):
+    """What is kept beside the factors does not fit the budget."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """experts: task -> file; bases: for all experts; shared: expert minus pretrained model
+
+    error:     ‖what was lost‖² / ‖W_t - W_s‖² over all matrices, W_s the average
+    corrected: how many biases of each expert
+    ranks:     least, median and most of all matrices and experts
+    """
+
+    way: Way
+    experts: dict[str, bytes]
+    bases: bytes
+    shared: Vector
+    error: float
+    corrected: int
+    ranks: tuple[int, int, int]
+
+    def sizes(self, base_float16: int) -> dict[str, Any]:
+        """Bases are counted with the experts, each with its part of them."""
+        experts = sum(map(len, self.experts.values()))
+        share = (experts + len(self.bases)) / len(self.experts) / base_float16
+        return {
+            "experts": experts,
+            "extra_shared": len(self.bases),
+            "base_float16": base_float16,
+            "share": share,
+        }
+
+
+class Cutter:
+    """Cuts the experts of a study; read and decomposed when first asked for."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.sources = Sources(lab, lambda shape: min(shape))
+        self._texts: dict[str, list[Text]] = {}
+        self._means: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._fits: tuple[Any, int, dict[str, cut_refit.Fit]] | None = None
+
+    # --------------------------------------------------------------------------------- what is cut
+
+    @cached_property
+    def shared(self) -> Vector:
+        """The average, minus the pretrained model."""
+        vectors = list(self.sources.vectors.values())
+        return {name: torch.stack([v[name] for v in vectors]).mean(dim=0) for name in vectors[0]}
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in)."""
+        shapes = self.sources.shapes
+        return {name: (s[0], s[1]) for name, s in shapes.items() if len(s) == 2}
+
+    @cached_property
+    def plain_vectors(self) -> dict[str, torch.Size]:
+        shapes = self.sources.shapes
+        return {name: shape for name, shape in shapes.items() if len(shape) != 2}
+
+    def difference(self, task: str, name: str) -> Tensor:
+        return self.sources.vectors[task][name] - self.shared[name]
+
+    @cached_property
+    def triplets(self) -> dict[str, dict[str, SVD]]:
+        """Task -> matrix -> all of its difference to the average."""
+        return {
+            task: {name: svd(self.difference(task, name)) for name in self.matrices}
+            for task in self.lab.names
+        }
+
+    def moments(self, task: str, inputs: int, *, second: bool = False) -> dict[str, Moments]:
+        """Of what comes into the linear layers of an expert, from so many of its task's train rows,
+        or all where there are fewer."""
+        if task not in self._texts:
+            texts = self.lab.texts(task, "train")
+            self._texts[task] = Random(0).sample(texts, min(MOST_INPUTS, len(texts)))
+        texts = self._texts[task][:inputs]
+        tokenizer = self.lab.plain.tokenizer
+        encoded = encode(tokenizer, texts, self.lab.settings.max_tokens)
+        read = (batch for _, batch in batches(tokenizer, encoded, BATCH))
+        return moments(self.lab.expert(task), read, self.sources.layers, second=second)
+
+    def means(self, task: str, inputs: int) -> dict[str, Tensor]:
+        if (task, inputs) not in self._means:
+            found = self.moments(task, inputs)
+            self._means[task, inputs] = {path: each.mean for path, each in found.items()}
+        return self._means[task, inputs]
+
+    # ---------------------------------------------------------------------------------------- cuts
+
+    @torch.no_grad()
+    def made(self, way: Way, budget: float) -> Made:
+        """Files that weigh at most `budget` on average, a share of one float16 base model.
+
+        Raises `TooLarge`.
+        """
+        assert way.possible, way
+        limit = int(budget * self.sources.base_float16)
+        if way.ranks == "basis":
+            found = self._on_basis(way, limit)
+        else:
+            found = self._factored(way, limit)
+        share = found.sizes(self.sources.base_float16)["share"]
+        assert share <= budget, (share, budget)
+        return found
+
+    @torch.no_grad()
+    def read(self, made: Made, task: str) -> Vector:
+        """What the files hold: an expert minus the pretrained model."""
+        packed = from_file(made.experts[task])
+        if made.way.ranks == "basis":
+            updates = self._read_cores(packed, self._read_bases(made.bases, made.way), made.way)
+        else:
+            updates = self._read_factors(packed, made.way)
+        exclusive = updates | self._read_vectors(packed, made.way)
+        return {name: x + exclusive[name] for name, x in made.shared.items()}
+
+    def _factored(self, way: Way, limit: int) -> Made:
+        space = self._room(way, limit, ranks=len(self.matrices))
+        same = even(self.matrices, way.factors, space)
+        every_budget: dict[str, Ranks] = {}
+        if way.ranks == "across":
+            whole = {task: self.triplets[task] for task in self.lab.names}
+            if way.ridge is not None:
+                whole = {task: self._aware(task, way) for task in self.lab.names}
+            values = {
+                task: {name: found.s for name, found in own.items()} for task, own in whole.items()
+            }
+            total = space * len(self.lab.names)
+            every_budget = across(values, self.matrices, way.factors, total)
+
+        def ranks(task: str, spectra: Mapping[str, SVD]) -> Ranks:
+            wanted = same
+            if way.ranks == "budget":
+                values = {name: found.s for name, found in spectra.items()}
+                wanted = budgeted(values, self.matrices, way.factors, space)
+            elif way.ranks == "across":
+                wanted = every_budget[task]
+            # Where rows are zero there are fewer triplets.
+            return {name: min(rank, len(spectra[name].s)) for name, rank in wanted.items()}
+
+        shared, fits = self.shared, None
+        if way.rounds:
+            every = {task: ranks(task, self.triplets[task]) for task in self.lab.names}
+            fits = self._refitted(every, way.rounds)
+            shared = self.shared | {name: fit.shared for name, fit in fits.items()}
+        experts: dict[str, bytes] = {}
+        tally = Tally(shared)
+        for index, task in enumerate(self.lab.names):
+            if fits is not None:
+                kept = {name: fit.factors[index] for name, fit in fits.items()}
+            else:
+                spectra = self.triplets[task] if way.ridge is None else self._aware(task, way)
+                wanted = ranks(task, spectra)
+                kept = {name: spectra[name].cut(rank) for name, rank in wanted.items()}
+            counts = [len(kept[name].s) for name in self.matrices]
+            sides = [side for name in self.matrices for side in balanced(kept[name])]
+            packed = {RANKS: torch.tensor(counts, dtype=torch.int16)}
+            packed |= packed_rows(FACTORS, sides, way.factors)
+            updates = self._read_factors(packed, way)
+            packed |= self._vectors(task, way, updates, tally)
+            experts[task] = to_file(packed | self.sources.heads[task])
+            tally.ranks += counts
+        return tally.made(way, experts, b"")
+
+    def _on_basis(self, way: Way, limit: int) -> Made:
+        tasks, dtype = len(self.lab.names), way.factors
+        space = self._room(way, limit, ranks=0)
+        sizes = {RANKS: torch.zeros(2 * len(self.matrices), dtype=torch.int16)}
+        header = limit - room(sizes, BASES, dtype, limit)
+
+        def stored(size: int) -> float:
+            """Bytes of cores, and an expert's part of the bases."""
+            sides = [(min(size, out), min(size, in_)) for out, in_ in self.matrices.values()]
+            own = sum(left * row_size(right, dtype) for left, right in sides)
+            bases = header + sum(
+                left * row_size(out, dtype) + right * row_size(in_, dtype)
+                for (left, right), (out, in_) in zip(sides, self.matrices.values(), strict=True)
+            )
+            return own + bases / tasks
+
+        size, most = 0, max(max(shape) for shape in self.matrices.values())
+        while size < most and stored(size + 1) <= space:
+            size += 1
+        if not size:
+            raise TooLarge(f"a basis of one vector and its core do not fit {limit} bytes")
+        found = {
+            name: joint([self.difference(task, name) for task in self.lab.names], size)
+            for name in self.matrices
+        }
+        counts = [len(side) for basis in found.values() for side in (basis.u, basis.v)]
+        packed = {RANKS: torch.tensor(counts, dtype=torch.int16)}
+        rows = [side for basis in found.values() for side in (basis.u, basis.v)]
+        bases = to_file(packed | packed_rows(BASES, rows, dtype))
+        experts: dict[str, bytes] = {}
+        tally = Tally(self.shared)
+        tally.ranks += counts
+        stored_bases = self._read_bases(bases, way)
+        fitted = [
+            cores(basis, [self.difference(task, name) for task in self.lab.names])
+            for name, basis in stored_bases.items()
+        ]
+        for index, task in enumerate(self.lab.names):
+            packed = packed_rows(FACTORS, [each[index] for each in fitted], dtype)
+            updates = self._read_cores(packed, stored_bases, way)
+            packed |= self._vectors(task, way, updates, tally)
+            experts[task] = to_file(packed | self.sources.heads[task])
+        return tally.made(way, experts, bases)
+
+    def _aware(self, task: str, way: Way) -> dict[str, SVD]:
+        """Matrices that no linear layer holds have no inputs, and are cut plainly."""
+        assert way.ridge is not None
+        found = dict(self.triplets[task])
+        for path, each in self.moments(task, way.inputs, second=True).items():
+            name = f"{path}.weight"
+            second = each.second(centred=way.correct)
+            found[name] = aware(self.difference(task, name), second, way.ridge)
+        return found
+
+    def _refitted(self, ranks: dict[str, Ranks], rounds: int) -> dict[str, cut_refit.Fit]:
+        """Goes on where the last call stopped, if that was for the same ranks and fewer rounds."""
+        names, vectors = self.lab.names, self.sources.vectors
+        if self._fits is None or self._fits[0] != ranks or self._fits[1] > rounds:
+            fits = {
+                name: cut_refit.start(
+                    [vectors[task][name] for task in names],
+                    [self.triplets[task][name].cut(ranks[task][name]) for task in names],
+                )
+                for name in self.matrices
+            }
+            self._fits = ranks, 0, fits
+        _, done, fits = self._fits
+        for _ in range(rounds - done):
+            for name, fit in fits.items():
+                fits[name] = cut_refit.refit([vectors[task][name] for task in names], fit)
+        self._fits = ranks, rounds, fits
+        return dict(fits)
+
+    # --------------------------------------------------------------------------------------- files
+
+    def _room(self, way: Way, limit: int, *, ranks: int) -> int:
+        """Bytes for the factors of an expert, the same for all: files weigh `limit` on average, and
+        only their heads differ in size. ranks: how many are stored in a file
+
+        Raises `TooLarge`.
+        """
+        fixed = self._packed_vectors(way, {name: self.shared[name] for name in self.plain_vectors})
+        if ranks:
+            fixed[RANKS] = torch.zeros(ranks, dtype=torch.int16)
+        heads = self.sources.heads.values()
+        left = fmean(room(fixed | head, FACTORS, way.factors, limit) for head in heads)
+        if left < 0:
+            raise TooLarge(f"head and vectors take {-left:.0f} bytes more than {limit}")
+        return int(left)
+
+    def _vectors(self, task: str, way: Way, updates: Vector, tally: Tally) -> Packed:
+        """Of one expert, corrected for what `updates` lack."""
+        whole = self.sources.vectors[task]
+        lost = {name: whole[name] - tally.shared[name] - x for name, x in updates.items()}
+        tally.add(lost, {name: self.difference(task, name) for name in lost})
+        vectors = {name: self.difference(task, name) for name in self.plain_vectors}
+        if way.correct:
+            means = self.means(task, way.inputs)
+            vectors = corrected(vectors, lost, means)
+            tally.corrected = len(correctable(vectors, means))
+        return self._packed_vectors(way, vectors)
+
+    def _packed_vectors(self, way: Way, vectors: Vector) -> Packed:
+        if way.vectors == "none":
+            return {}
+        return packed_rows(VECTORS, [x.reshape(1, -1) for x in vectors.values()], way.vectors)
+
+    def _read_vectors(self, packed: Packed, way: Way) -> Vector:
+        shapes = self.plain_vectors
+        if way.vectors == "none":
+            return {name: torch.zeros(shape) for name, shape in shapes.items()}
+        rows = decode(packed, VECTORS, [(1, prod(s)) for s in shapes.values()], way.vectors)
+        return {name: row.view(s) for (name, s), row in zip(shapes.items(), rows, strict=True)}
+
+    def _read_factors(self, packed: Packed, way: Way) -> Vector:
+        ranks = packed[RANKS].tolist()
+        rows = decode(
+            packed,
+            FACTORS,
+            [
+                (rank, n)
+                for rank, shape in zip(ranks, self.matrices.values(), strict=True)
+                for n in shape
+            ],
+            way.factors,
+        )
+        sides = zip(self.matrices, rows[::2], rows[1::2], strict=True)
+        return {name: b.T @ a for name, b, a in sides}
+
+    def _read_bases(self, file: bytes, way: Way) -> dict[str, Basis]:
+        packed = from_file(file)
+        widths = [n for shape in self.matrices.values() for n in shape]
+        shapes = list(zip(packed[RANKS].tolist(), widths, strict=True))
+        rows = decode(packed, BASES, shapes, way.factors)
+        sides = zip(self.matrices, rows[::2], rows[1::2], strict=True)
+        return {name: Basis(u, v) for name, u, v in sides}
+
+    def _read_cores(self, packed: Packed, bases: Mapping[str, Basis], way: Way) -> Vector:
+        shapes = [(len(basis.u), len(basis.v)) for basis in bases.values()]
+        found = decode(packed, FACTORS, shapes, way.factors)
+        return {
+            name: product(basis, each)
+            for (name, basis), each in zip(bases.items(), found, strict=True)
+        }
+
+
+class Tally:
+    """What is counted while files are made. shared: the expert that all are differences to"""
+
+    def __init__(self, shared: Vector) -> None:
+        self.shared = shared
+        self.lost = self.whole = 0.0
+        self.corrected = 0
+        self.ranks: list[int] = []
+
+    def add(self, lost: Vector, whole: Vector) -> None:
+        for name, x in lost.items():
+            self.lost += float(x.double().square().sum())
+            self.whole += float(whole[name].double().square().sum())
+
+    def made(self, way: Way, experts: dict[str, bytes], bases: bytes) -> Made:
+        error = self.lost / self.whole if self.whole else 0.0
+        ranks = min(self.ranks), median_low(self.ranks), max(self.ranks)
+        return Made(way, experts, bases, self.shared, error, self.corrected, ranks)
+
+
+def balanced(found: SVD) -> tuple[Tensor, Tensor]:
+    """Columns of B and rows of A, as rows, equally long: neither leaves the range of float16."""
+    b, a = (found.u * found.s).T, found.vh
+    tiny = torch.finfo(torch.float32).tiny
+    ratio = (a.norm(dim=1) / b.norm(dim=1).clamp_min(tiny)).sqrt()[:, None]
+    usable = ratio.isfinite() & (ratio > 0)
+    ratio = torch.where(usable, ratio, 1.0)
+    return b * ratio, a / ratio

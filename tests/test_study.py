@@ -1,0 +1,110 @@
+"""The text study as a command: every part, on tiny experts, goes on where it stopped."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from texts import EXPERTS, write_rows
+
+from twinmerge.data import read_rows
+
+STUDIES = Path(__file__).parent.parent / "studies"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def glue():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(STUDIES)
+        yield importlib.import_module("glue")
+
+
+@pytest.fixture(scope="module")
+def places(bench, tmp_path_factory):
+    """Experts, data and base as the command takes them."""
+    experts, data = tmp_path_factory.mktemp("experts"), tmp_path_factory.mktemp("data")
+    for name in EXPERTS:
+        shutil.copytree(bench.made.experts[name], experts / name)
+    shutil.copytree(bench.data, data, dirs_exist_ok=True)
+    for path in (data / "law").iterdir():  # see test_study_parts: else it has no score
+        write_rows(path, [row for i, row in enumerate(read_rows(path)) if i % 5 != 4])
+    return {"experts": [experts], "data": [data], "base": str(bench.made.base)}
+
+
+def run(glue: Any, out: Path, places: dict[str, Any], **more: Any) -> None:
+    given = {"part": None, "work": out / "work", "title": "tiny", "noisy": "", "tables": False}
+    given |= {"choose_rows": 6, "test_rows": 8, "router_rows": 30, "max_tokens": 24}
+    glue.main(out=out, quick=True, **places, **given | more)
+
+
+@pytest.mark.slow
+def test_every_part_of_a_quick_study_runs_and_a_second_run_measures_nothing(
+    glue, places, tmp_path, monkeypatch, capsys
+):
+    static = sys.modules["lab.static"]
+    kept = {name: static.STATIC[name] for name in ("averaging", "task arithmetic", "TIES")}
+    kept["task arithmetic"] = ("task_arithmetic", {"weight": [0.2, 0.4]})
+    kept["TIES"] = ("ties", {"density": [0.5], "lambda": [1.0]})
+    for name in kept:
+        monkeypatch.setitem(static.STATIC, name, kept[name])
+    for name in set(static.STATIC) - set(kept):
+        monkeypatch.delitem(static.STATIC, name)
+    run(glue, tmp_path / "out", places)
+    written = capsys.readouterr().out.split()
+    assert all(Path(path).is_file() for path in written)
+    assert {Path(path).name for path in written} >= {"tables.md", "report.html"}
+    lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    parts = {record["part"] for record in records}
+    wanted = {"experts", "static", "twin oracle", "twin routed", "ablation", "rival", "tasks"}
+    assert parts >= wanted | {"unseen", "routing", "grouped", "cost"}
+    assert all(record["commit"] and "settings" in record for record in records)
+    run(glue, tmp_path / "out", places)
+    assert (tmp_path / "out" / "records.jsonl").read_text().splitlines() == lines
+
+
+def test_a_study_goes_on_only_with_the_settings_that_it_began_with(glue, places, tmp_path):
+    records, settings = sys.modules["lab.records"], {"rows": 3, "seeds": (0, 1)}
+    records.Records(tmp_path, settings)
+    records.Records(tmp_path, settings)
+    with pytest.raises(Exception, match="rows 3; now it is 4"):
+        records.Records(tmp_path, settings | {"rows": 4})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"experts": None}, "--experts: missing"),
+        ({"experts": [Path("nowhere")]}, "nowhere: expected a folder"),
+        ({"data": None}, "--data: missing"),
+        ({"base": None}, "--base: missing"),
+    ],
+)
+def test_bad_input_is_one_line(glue, places, tmp_path, change, says):
+    with pytest.raises(SystemExit, match=says):
+        run(glue, tmp_path / "out", places | change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_without_rows_are_named(glue, places, tmp_path):
+    shutil.copytree(places["data"][0], tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "math")
+    with pytest.raises(SystemExit, match="expert 'math': no rows"):
+        run(glue, tmp_path / "out", places | {"data": [tmp_path / "data"]})
+
+
+def test_a_broken_record_is_named(glue, tmp_path):
+    records = sys.modules["lab.records"]
+    kept = records.Records(tmp_path, {})
+    kept.once("part", "name", {}, lambda: {"value": 1})
+    with open(kept.file, "a") as file:
+        file.write('{"part": "hal')
+    with pytest.raises(Exception, match="line 2: expected a JSON object"):
+        kept.all()
