@@ -95,16 +95,16 @@ class Bench:
         self.artifact = merged(base, names, work / "artifact", settings["rank"])
         self.model = load(self.artifact, check=False)
         self.tokens = settings["max_tokens"]
-        self.test = {name: read_rows(data / name / "test.jsonl.gz")[:rows] for name in names}
+        self.test = {name: some(read_rows(data / name / "test.jsonl.gz"), rows) for name in names}
         self.train: dict[str, list[Text]] = {}
         for name in names:
             table = read_rows(data / name / "train.jsonl.gz")
-            table = random.Random(0).sample(table, min(train_rows, len(table)))
+            table = some(table, train_rows)
             self.train[name] = [self.text(name, row) for row in table]
         self.tests = {n: [self.text(n, row) for row in table] for n, table in self.test.items()}
         self.unseen: dict[str, list[Text]] = {}
         for folder in (each for every in unseen for each in folders(every)):
-            table = read_rows(folder / "test.jsonl.gz")[:rows]
+            table = some(read_rows(folder / "test.jsonl.gz"), rows)
             self.unseen[folder.name] = [as_text(row) for row in table]
         self.read = Read(self.model, self.tokens, base)
         self.read.open(work / "features.pt")
@@ -136,6 +136,11 @@ class Bench:
         if router.kind == "none":
             return router({(0, "mean"): torch.zeros(len(texts), 0)})
         return router(self.read.of(source_of(settings), texts, router.wanted))
+
+
+def some(table: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most so many rows, drawn with a seed: files are sorted, STS-B's by source."""
+    return random.Random(0).sample(table, min(limit, len(table)))
 
 
 ASKED = (

@@ -7,8 +7,8 @@ EXPERTS holds one folder per task, a checkpoint or an adapter, named as the task
 `<task>/{train,validation,test}.jsonl.gz`. `--experts` and `--data` may be given several times.
 
 OUT/records.jsonl grows record by record, and a second run goes on where one stopped; several runs
-may share the work (`--part`). Then OUT/tables.md, plots (PNG and SVG) and OUT/report.html are made
-from the records alone. `--tables` makes them and measures nothing.
+may share the work (`--part`, and one `--work`). Then OUT/tables.md, plots (PNG and SVG) and
+OUT/report.html are made from the records alone. `--tables` makes them and measures nothing.
 
 Chosen on validation rows: coefficients of static merges, and what `better` keeps. Routers learn
 from train rows. Test rows choose nothing.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +28,7 @@ import typer
 from lab.analysis import cost, grouped, routing
 from lab.better import better
 from lab.compression import compression
+from lab.inputs import inputs
 from lab.lab import Lab, Settings
 from lab.page import write
 from lab.paths import paths
@@ -98,6 +99,16 @@ def folders(places: list[Path], files: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
+def noise(asked: str | None, names: list[str]) -> tuple[str, ...]:
+    """Raises `InputError` for a task that the study does not have."""
+    if asked is None:
+        return tuple(name for name in Settings.noisy if name in names)
+    found = tuple(name for name in asked.split(",") if name)
+    if unknown := [name for name in found if name not in names]:
+        raise InputError(f"--noisy {unknown[0]}: no such task here. Known: {', '.join(names)}.")
+    return found
+
+
 def done(files: list[Path]) -> None:
     typer.echo("\n".join(map(str, files)))
 
@@ -116,12 +127,21 @@ def main(
         Path | None, typer.Option(help="Where artifacts stay for the next run.")
     ] = None,
     title: Annotated[str, typer.Option(help="What the experts are.")] = "",
-    choose_rows: Annotated[int, typer.Option(help="Validation rows per task that choose.")] = 200,
-    test_rows: Annotated[int | None, typer.Option(help="Test rows per task; default: all.")] = None,
-    router_rows: Annotated[int, typer.Option(help="Train rows per task for the router.")] = 1000,
+    choose_rows: Annotated[
+        int | None, typer.Option(help="Validation rows per task that choose. Default: 200.")
+    ] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Test rows per task. Default: all.")] = None,
+    router_rows: Annotated[
+        int | None, typer.Option(help="Train rows per task for the router. Default: 1,000.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longer rows are cut.")] = 96,
-    noisy: Annotated[str, typer.Option(help="Tasks that a second mean leaves out.")] = "rte",
-    quick: Annotated[bool, typer.Option("--quick", help="A fraction of everything.")] = False,
+    noisy: Annotated[
+        str | None,
+        typer.Option(help="Tasks that a second mean leaves out. Default: rte, if it is there."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A fraction of everything that is not said otherwise.")
+    ] = False,
     tables: Annotated[
         bool, typer.Option("--tables", help="Only make tables, plots and report again.")
     ] = False,
@@ -145,16 +165,21 @@ def main(
         rows = folders(data, splits)
         if lacking := [name for name in found if name not in rows]:
             raise InputError(f"expert '{lacking[0]}': no rows in {', '.join(map(str, data))}.")
-        settings = (
-            QUICK
-            if quick
-            else Settings(choose_rows=choose_rows, test_rows=test_rows, router_rows=router_rows)
+        given = {"choose_rows": choose_rows, "test_rows": test_rows, "router_rows": router_rows}
+        settings = replace(
+            QUICK if quick else Settings(),
+            title=title,
+            max_tokens=max_tokens,
+            noisy=noise(noisy, list(found)),
+            **{name: value for name, value in given.items() if value is not None},
         )
-        noise = tuple(name for name in noisy.split(",") if name in found)
-        settings = Settings(
-            **asdict(settings) | {"title": title, "max_tokens": max_tokens, "noisy": noise}
+        say("reading what the study is of")
+        records = Records(
+            out,
+            asdict(settings)
+            | {"experts": list(found)}
+            | {"inputs": inputs(base, found, {name: rows[name] for name in found})},
         )
-        records = Records(out, asdict(settings) | {"experts": list(found)})
         with tempfile.TemporaryDirectory() as temporary:
             places = {name: rows[name].parent for name in found}
             lab = Lab(list(found), found, places, base, work or Path(temporary), settings, records)

@@ -10,11 +10,13 @@ OUT   gets one folder per task: a PEFT adapter in float16, or with `--full` a ch
       and loading again.
 
 The bundled adapters of `examples/glue-lora` are of this script: `--lr 5e-4 --rows 7500` for cola,
-`--lr 3e-4` for stsb, each after a first run at 1e-3 (docs/log.md), the defaults for the others.
+`--lr 3e-4` for stsb, each after a first run at 1e-3 (docs/log.md), the defaults for the others, all
+with `--base-name sentence-transformers/all-MiniLM-L6-v2` on a local copy of it.
 
 The last epoch is kept: test rows are read for the score alone, validation rows choose nothing. A
-task whose `score.json` is there is left as it is. `--score-only` measures what is there already.
-Needs the extra `train`; takes a GPU where there is one.
+task whose `score.json` is there is left as it is. `--score-only` measures what is there already;
+what its `score.json` says of the training stays. Needs the extra `train`; takes a GPU where there
+is one.
 """
 
 from __future__ import annotations
@@ -34,19 +36,28 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from twinmerge.data import read_rows, row_of, text_of
+from twinmerge.data import read_rows, text_of
+from twinmerge.errors import InputError, TwinMergeError
 from twinmerge.evaluation.metrics import metric
 from twinmerge.evaluation.tasks import Task, known_tasks
 
-BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 EPOCHS = {"cola": 4, "mrpc": 4, "rte": 5, "tweet_irony": 5, "tweet_emotion": 5, "banking77": 6}
 """Small tasks, and one of 77 classes, take more than the others' three."""
+
+SCORE = "score.json"
+
+TRAINED = (
+    "train_rows", "full", "rank", "learning_rate", "batch", "seed", "epochs", "train_seconds",
+)  # fmt: skip
+"""What `score.json` says of the training. The machine that it names is the one that scored."""
 
 
 @dataclass(frozen=True)
 class Settings:
     base: str
+    base_name: str
     full: bool
     rank: int
     targets: tuple[str, ...]
@@ -68,10 +79,19 @@ class Rows:
 
     @staticmethod
     def read(data: Path, task: str, split: str, limit: int | None = None) -> Rows:
-        table = read_rows(data / task / f"{split}.jsonl.gz")[:limit]
-        columns = known_tasks()[task].columns
-        texts = [row_of(text_of(row, columns)) for row in table]
-        return Rows([t for t in texts if isinstance(t, tuple)], [row["label"] for row in table])
+        """Raises `InputError` for a row without text or label."""
+        file, columns = data / task / f"{split}.jsonl.gz", known_tasks()[task].columns
+        rows = Rows([], [])
+        for number, row in enumerate(read_rows(file)[:limit], start=1):
+            text, label = text_of(row, columns), row.get("label")
+            if not isinstance(text, tuple) or not isinstance(label, int | float):
+                raise InputError(
+                    f"{file}, row {number}: expected text and a number as `label`, got "
+                    f"{type(text).__name__} and {label!r}."
+                )
+            rows.texts.append(text)
+            rows.labels.append(label)
+        return rows
 
 
 def classes(task: str, data: Path) -> tuple[str, ...]:
@@ -173,15 +193,35 @@ class Trainer:
                     seconds = time.perf_counter() - started
                     say(f"{self.task}: step {step}/{steps} loss {loss.item():.3f} {seconds:.0f} s")
         self.save(model)
-        self.measure({"epochs": epochs, "train_seconds": round(time.perf_counter() - started)})
+        self.measure(
+            {
+                "train_rows": len(rows.labels),
+                "full": settings.full,
+                "rank": None if settings.full else settings.rank,
+                "learning_rate": settings.lr,
+                "batch": settings.batch,
+                "seed": settings.seed,
+                "epochs": epochs,
+                "train_seconds": round(time.perf_counter() - started),
+            }
+        )
+
+    def trained(self) -> dict[str, Any]:
+        """What is known of the training of an expert that is there."""
+        file = self.folder / SCORE
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        return {name: found[name] for name in TRAINED if name in found}
 
     def save(self, model: Any) -> None:
         if self.settings.full:
             model.save_pretrained(str(self.folder))
             self.tokenizer.save_pretrained(str(self.folder))
             return
-        model.peft_config["default"].base_model_name_or_path = BASE_NAME
         model.save_pretrained(str(self.folder))
+        config = self.folder / "adapter_config.json"
+        said = json.loads(config.read_text())
+        said["base_model_name_or_path"] = self.settings.base_name
+        config.write_text(json.dumps(said, indent=2) + "\n")
         weights = self.folder / "adapter_model.safetensors"
         save_file({k: v.half() for k, v in load_file(weights).items()}, weights, {"format": "pt"})
         (self.folder / "README.md").unlink(missing_ok=True)
@@ -196,7 +236,7 @@ class Trainer:
         return model.to(self.settings.device).eval()
 
     @torch.inference_mode()
-    def measure(self, more: dict[str, Any]) -> None:
+    def measure(self, trained: dict[str, Any]) -> None:
         """Score what was saved on validation and test rows; writes `score.json` beside it."""
         settings, model = self.settings, self.saved()
         score, scores = metric(self.known.metric), {}
@@ -213,19 +253,14 @@ class Trainer:
             "columns": self.known.columns,
             **scores,
             "metric": self.known.metric,
-            "train_rows": len(Rows.read(self.data, self.task, "train", settings.rows).labels),
-            "full": settings.full,
-            "rank": None if settings.full else settings.rank,
-            "learning_rate": settings.lr,
-            "batch": settings.batch,
-            "seed": settings.seed,
+            **trained,
             "max_tokens": settings.max_tokens,
             "device": settings.device.type,
             "threads": torch.get_num_threads(),
             "cpu": platform.processor() or platform.machine(),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        } | more
-        (self.folder / "score.json").write_text(json.dumps(result, indent=2) + "\n")
+        }
+        (self.folder / SCORE).write_text(json.dumps(result, indent=2) + "\n")
         say(f"{self.task}: validation {scores['validation_score']}, test {scores['test_score']}")
 
 
@@ -236,7 +271,10 @@ def say(text: str) -> None:
 def main(
     data: Annotated[Path, typer.Argument(help="`<task>/{train,validation,test}.jsonl.gz`.")],
     out: Annotated[Path, typer.Argument(help="Gets one folder per task.")],
-    base: Annotated[str, typer.Option(help="Folder or hub id.")] = BASE_NAME,
+    base: Annotated[str, typer.Option(help="Folder or hub id.")] = BASE,
+    base_name: Annotated[
+        str | None, typer.Option(help="What adapters say their base is; default: --base.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="Default: all that DATA has.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All weights, not an adapter.")] = False,
     rank: Annotated[int, typer.Option(help="Of the adapter.")] = 8,
@@ -262,6 +300,7 @@ def main(
     lr = lr if lr is not None else 1e-4 if full else 1e-3
     settings = Settings(
         base=base,
+        base_name=base_name or base,
         full=full,
         rank=rank,
         targets=tuple(targets.split(",")),
@@ -273,14 +312,17 @@ def main(
         seed=seed,
         device=device,
     )
-    for name in names:
-        trainer = Trainer(name, data, out, settings)
-        if score_only:
-            trainer.measure({})
-        elif (out / name / "score.json").is_file():
-            say(f"{name}: is there")
-        else:
-            trainer.run()
+    try:
+        for name in names:
+            trainer = Trainer(name, data, out, settings)
+            if score_only:
+                trainer.measure(trainer.trained())
+            elif (out / name / SCORE).is_file():
+                say(f"{name}: is there")
+            else:
+                trainer.run()
+    except TwinMergeError as problem:
+        raise SystemExit(f"error: {problem}") from problem
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ def places(bench, tmp_path_factory):
     return {"experts": [experts], "data": [data], "base": str(bench.made.base)}
 
 
-def run(glue: Any, out: Path, places: dict[str, Any], **more: Any) -> None:
+def run(glue: Any, out: Path, **more: Any) -> None:
     given = {"part": None, "work": out / "work", "title": "tiny", "noisy": "", "tables": False}
     given |= {"choose_rows": 6, "test_rows": 8, "router_rows": 30, "max_tokens": 24}
-    glue.main(out=out, quick=True, **places, **given | more)
+    glue.main(out=out, quick=True, **given | more)
 
 
 @pytest.mark.slow
@@ -49,14 +49,14 @@ def test_every_part_of_a_quick_study_runs_and_a_second_run_measures_nothing(
     glue, places, tmp_path, monkeypatch, capsys
 ):
     static = sys.modules["lab.static"]
-    kept = {name: static.STATIC[name] for name in ("averaging", "task arithmetic", "TIES")}
-    kept["task arithmetic"] = ("task_arithmetic", {"weight": [0.2, 0.4]})
-    kept["TIES"] = ("ties", {"density": [0.5], "lambda": [1.0]})
-    for name in kept:
-        monkeypatch.setitem(static.STATIC, name, kept[name])
-    for name in set(static.STATIC) - set(kept):
+    for name in set(static.STATIC) - {"averaging", "task arithmetic", "TIES"}:
         monkeypatch.delitem(static.STATIC, name)
-    run(glue, tmp_path / "out", places)
+    ladders = {"weight": (0.3, 0.4), "density": (0.2,), "lambda": (1.0, 1.4)}
+    monkeypatch.setattr(static, "LADDERS", ladders)
+    compression = sys.modules["lab.compression"]
+    few = [{"rank": 1, "dtype": "int4"}, {"budget": "1%"}, {"form": "dropout", "density": 0.1}]
+    monkeypatch.setattr(compression, "settings", lambda lab: few)
+    run(glue, tmp_path / "out", **places)
     written = capsys.readouterr().out.split()
     assert all(Path(path).is_file() for path in written)
     assert {Path(path).name for path in written} >= {"tables.md", "report.html"}
@@ -66,8 +66,39 @@ def test_every_part_of_a_quick_study_runs_and_a_second_run_measures_nothing(
     wanted = {"experts", "static", "twin oracle", "twin routed", "ablation", "rival", "tasks"}
     assert parts >= wanted | {"unseen", "routing", "grouped", "cost"}
     assert all(record["commit"] and "settings" in record for record in records)
-    run(glue, tmp_path / "out", places)
+    run(glue, tmp_path / "out", **places)
     assert (tmp_path / "out" / "records.jsonl").read_text().splitlines() == lines
+
+
+def test_coefficients_are_searched_until_their_neighbours_are_worse(glue, monkeypatch):
+    static = sys.modules["lab.static"]
+    asked = []
+
+    def score(lab, name, parameters, say):
+        asked.append(dict(parameters))
+        return -((parameters["density"] - 0.65) ** 2) - (parameters["lambda"] - 3.0) ** 2
+
+    monkeypatch.setattr(static, "score", score)
+    found = static.chosen(None, "TIES", print)
+    assert found == {"density": 0.65, "lambda": 3.0}
+    assert len(asked) == len({tuple(each.values()) for each in asked})
+    assert static.chosen(None, "averaging", print) == {}
+
+
+def test_other_weights_or_rows_are_another_study(glue, places, tmp_path):
+    inputs = sys.modules["lab.inputs"].inputs
+    experts = {name: places["experts"][0] / name for name in EXPERTS}
+    rows = {name: places["data"][0] / name for name in EXPERTS}
+    before = inputs(places["base"], experts, rows)
+    assert inputs(places["base"], experts, rows) == before
+    shutil.copytree(rows["math"], tmp_path / "math")
+    with open(tmp_path / "math" / "train.jsonl", "a") as file:
+        file.write("\n")
+    after = inputs(places["base"], experts, rows | {"math": tmp_path / "math"})
+    assert after["rows"]["math"] != before["rows"]["math"]
+    assert after["experts"] == before["experts"] and after["base"] == before["base"]
+    changed = inputs(places["base"], experts | {"code": experts["law"]}, rows)
+    assert changed["experts"]["code"] == before["experts"]["law"] != before["experts"]["code"]
 
 
 def test_a_study_goes_on_only_with_the_settings_that_it_began_with(glue, places, tmp_path):
@@ -85,11 +116,12 @@ def test_a_study_goes_on_only_with_the_settings_that_it_began_with(glue, places,
         ({"experts": [Path("nowhere")]}, "nowhere: expected a folder"),
         ({"data": None}, "--data: missing"),
         ({"base": None}, "--base: missing"),
+        ({"noisy": "meth"}, "--noisy meth: no such task here. Known: code, law, math"),
     ],
 )
 def test_bad_input_is_one_line(glue, places, tmp_path, change, says):
     with pytest.raises(SystemExit, match=says):
-        run(glue, tmp_path / "out", places | change)
+        run(glue, tmp_path / "out", **{**places, **change})
     assert not (tmp_path / "out").exists()
 
 
@@ -97,7 +129,7 @@ def test_experts_without_rows_are_named(glue, places, tmp_path):
     shutil.copytree(places["data"][0], tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "math")
     with pytest.raises(SystemExit, match="expert 'math': no rows"):
-        run(glue, tmp_path / "out", places | {"data": [tmp_path / "data"]})
+        run(glue, tmp_path / "out", **{**places, "data": [tmp_path / "data"]})
 
 
 def test_a_broken_record_is_named(glue, tmp_path):

@@ -19,12 +19,13 @@ if STUDIES not in sys.path:
     sys.path.insert(0, STUDIES)
 
 from lab import better, cut_way  # noqa: E402
+from lab import lab as lab_module  # noqa: E402
 from lab.cut_activation import aware  # noqa: E402
 from lab.cut_basis import cores, joint, product  # noqa: E402
 from lab.cut_correction import correctable, corrected  # noqa: E402
 from lab.cut_inputs import moments  # noqa: E402
 from lab.cut_ranks import budgeted, cost, even, stored  # noqa: E402
-from lab.cut_refit import refit, start  # noqa: E402
+from lab.cut_refit import refit, settled, start  # noqa: E402
 from lab.cut_store import DTYPES, decode, encode, room, row_size  # noqa: E402
 from lab.cut_way import Cutter, TooLarge, Way, balanced  # noqa: E402
 from lab.lab import Lab, Settings  # noqa: E402
@@ -33,6 +34,8 @@ from lab.rival_packed import from_file, to_file  # noqa: E402
 
 from twinmerge.artifact.codec import dequantise, quantise  # noqa: E402
 from twinmerge.merging.linalg import svd  # noqa: E402
+from twinmerge.runtime.attach import named_tensors  # noqa: E402
+from twinmerge.runtime.export import DenseMerge  # noqa: E402
 
 # ------------------------------------------------------------------------------------------- bytes
 
@@ -259,12 +262,12 @@ def test_what_the_experts_share_needs_one_basis():
 
 
 def test_ways_that_cannot_be_are_known():
-    assert Way().possible and Way(correct=True, ridge=0.1).possible
-    assert Way(ranks="budget", rounds=3, correct=True).possible
-    assert not Way(correct=True, vectors="none").possible
-    assert not Way(rounds=1, ridge=0.1).possible
-    assert not Way(rounds=1, ranks="basis").possible
-    assert not Way(ranks="basis", ridge=0.1).possible
+    assert not Way().clash and not Way(correct=True, ridge=0.1).clash
+    assert not Way(ranks="budget", rounds=3, correct=True).clash
+    assert "not kept" in Way(correct=True, vectors="none").clash
+    assert Way(rounds=1, ridge=0.1).clash
+    assert Way(rounds=1, ranks="basis").clash
+    assert Way(ranks="basis", ridge=0.1).clash
 
 
 def test_a_ways_title_says_what_differs_from_the_papers():
@@ -330,6 +333,7 @@ def test_files_fit_the_budget_and_a_larger_one_loses_less(cutter, way):
         made = cutter.made(way, budget)
         sizes = made.sizes(cutter.sources.base_float16)
         assert sizes["experts"] == sum(map(len, made.experts.values()))
+        assert sizes["largest"] == max(map(len, made.experts.values()))
         assert 0 < sizes["share"] <= budget
         errors.append(made.error)
     assert errors[1] < errors[0] < 1
@@ -350,6 +354,43 @@ def test_all_that_can_be_kept_gives_the_expert_back(cutter):
             found = cutter.read(made, task)
             for name, x in cutter.sources.vectors[task].items():
                 torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5)
+
+
+def is_float16(x):
+    return torch.allclose(x, x.half().float(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [Way("float32", "float32"), Way(rounds=2)], ids=lambda w: w.title)
+def test_the_shared_expert_is_what_an_artifact_in_float16_holds(cutter, way):
+    made = cutter.made(way, 0.5)
+    for name, x in made.shared.items():
+        assert is_float16(cutter.sources.base[name] + x), name
+    if not way.rounds:
+        artifact = cutter.lab.built(cutter.lab.recipe("linear", stored="float16"))
+        merge = DenseMerge(lab_module.opened(artifact))
+        whole = dict(named_tensors(merge.at(torch.zeros(len(TASKS)), "math")))
+        for name, x in made.shared.items():
+            torch.testing.assert_close(cutter.sources.base[name] + x, whole[name])
+    # What no expert changed is held by it, too.
+    whole = dict(named_tensors(cutter.model(made, "math")))
+    heads = {name.removesuffix(".head") for name in cutter.sources.heads["math"]}
+    others = set(whole) - set(made.shared) - heads
+    assert all(is_float16(whole[name]) for name in others)
+    expert = cutter.sources.vectors["math"]
+    found = cutter.read(made, "math")
+    for name in cutter.plain_vectors:
+        torch.testing.assert_close(found[name], expert[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_shared_expert_that_is_rounded_gets_the_best_factors_beside_it():
+    experts = [randn(6, 5, seed=i) for i in range(3)]
+    fit = refit(experts, start(experts, [svd(x).cut(2) for x in experts]))
+    rounded = (4 * fit.shared).round() / 4
+    after = settled(experts, fit, rounded)
+    assert after.shared is rounded and [len(f.s) for f in after.factors] == [2, 2, 2]
+    tails = [torch.linalg.svdvals(x - rounded)[2:].square().sum() for x in experts]
+    assert after.error == pytest.approx(float(sum(tails)), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -387,7 +428,12 @@ def test_the_study_has_its_records_and_a_second_run_adds_none(bench, tmp_path, m
     said: list[str] = []
     lab = opened(bench, tmp_path, ranks)
     better.better(lab, said.append)
-    found = [record for record in lab.records.all() if record["part"] == "better"]
+    every = [record for record in lab.records.all() if record["part"] == "better"]
+    found = [record for record in every if "left out" not in record]
+    left = [record for record in every if "left out" in record]
+    for record in left:
+        head = {"part", "name", "settings", "commit"}
+        assert set(record) == {*head, "left out"} and record["left out"]
     for budget in (0.3, 0.8):
         mine = [record for record in found if record["settings"]["budget"] == budget]
         tried = [record for record in mine if "test" not in record]
@@ -404,13 +450,28 @@ def test_the_study_has_its_records_and_a_second_run_adds_none(bench, tmp_path, m
         assert kept[1]["name"] == "the paper's: plain"
         assert set(kept[0]["test"]["scores"]) == set(TASKS)
     assert not any(record["settings"]["budget"] == 0.02 for record in found)
+    small = [record for record in left if record["settings"]["budget"] == 0.02]
+    dials = better.FEW if ranks == (1, 16) else better.Dials()
+    assert [record["settings"]["factors"] for record in small] == list(dials.factors)
+    assert all("bytes more than" in record["left out"] for record in small)
     assert any("do not fit; nothing is tried" in text for text in said)
     # What is tried at the first budget that fits is chosen there for the next.
     counts = [sum(r["settings"]["budget"] == b for r in found) for b in (0.3, 0.8)]
-    assert len(found) == len({(r["name"], str(r["settings"])) for r in found})
+    assert len(every) == len({(r["name"], str(r["settings"])) for r in every})
     assert ranks == (1, 16) or counts[1] < counts[0] < 36
 
-    monkeypatch.setattr(cut_way.Cutter, "triplets", property(lambda _: pytest.fail("read again")))
+    monkeypatch.setattr(cut_way.Cutter, "made", lambda *_: pytest.fail("made again"))
     before = lab.records.file.read_bytes()
     better.better(opened(bench, tmp_path, ranks), lambda _: None)
     assert lab.records.file.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_what_cannot_be_is_recorded_once_and_has_no_score(bench, tmp_path):
+    lab, said = opened(bench, tmp_path), []
+    for _ in range(2):
+        search = better.Search(Cutter(lab), said.append, 0.3)
+        assert search.best([Way(rounds=1, ridge=0.1, inputs=8)]) is None and not search.scores
+    (record,) = lab.records.all()
+    assert record["left out"].startswith("only own factors") and "validation" not in record
+    assert len(said) == 2 and "left out, only own factors" in said[0]

@@ -123,7 +123,7 @@ SAID = {
     "counted": "Operations of all matrix products of one batch of as many tokens, two for each "
     "multiply-add, counted by torch while it ran, for one row: a plain model, and routed answers. "
     "Our routing ends at the layer that the router reads, and factors run beside the weights.",
-    "bytes": "On disk: the shared expert in the base's dtype; experts with their heads; router.",
+    "bytes": f"On disk: the shared expert in {STORED}; experts with their heads; router.",
     "parameters": "P, P_a and P_f as above; stored by all experts, of which heads; the router's.",
     "seconds_per_1000_rows": "Median of turns over the same rows of all tasks, mixed: a plain "
     "model, routed answers, the paper's grouped variant with its merges. Few rows make groups "

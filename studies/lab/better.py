@@ -13,6 +13,8 @@ The rule, for each budget:
 3. on top of the best so far: each other idea that won alone, and the other dtypes
 4. the best of all of them is kept
 
+What does not fit, or cannot be together with what was best, is recorded with why it is left out.
+
 Inputs, ridges, rounds, and budgeted ranks and bases in a dtype that is not the best, are tried at
 the first budget; the second takes what was best there.
 """
@@ -130,26 +132,30 @@ class Search:
 
     def best(self, ways: Iterable[Way]) -> Way | None:
         """Of those that are possible and fit; the first of equal ones."""
-        tried = [way for way in ways if way.possible and self.score(way) is not None]
+        tried = [way for way in ways if self.score(way) is not None]
         return max(tried, key=lambda way: self.scores[way]) if tried else None
 
     def kept(self) -> Way:
         return max(self.scores, key=lambda way: self.scores[way])
 
     def score(self, way: Way) -> float | None:
-        """On validation rows. None if it does not fit."""
+        """On validation rows. None if it is left out."""
         if way in self.scores:
             return self.scores[way]
 
         def scored() -> dict[str, Any]:
-            made = self.cutter.made(way, self.budget)
+            if way.clash:
+                return {"left out": way.clash}
+            try:
+                made = self.cutter.made(way, self.budget)
+            except TooLarge as problem:
+                return {"left out": str(problem)}
             return self.about(made) | {"validation": self.measured(made, ALL)}
 
         settings = {"budget": self.budget} | way.settings
-        try:
-            record = self.cutter.lab.records.once("better", way.title, settings, scored)
-        except TooLarge as problem:
-            self.say(f"{self.budget:.2%}, {way.title}: {problem}; not tried")
+        record = self.cutter.lab.records.once("better", way.title, settings, scored)
+        if "left out" in record:
+            self.say(f"{self.budget:.2%}, {way.title}: left out, {record['left out']}")
             return None
         found = record["validation"]["normalised"]
         said = f"{found:.4f} on validation rows at {record['bytes']['share']:.3%}"
@@ -189,9 +195,6 @@ class Search:
         }
 
     def measured(self, made: Made, split: str) -> dict[str, Any]:
-        lab, sources = self.cutter.lab, self.cutter.sources
-        scores = {}
-        for task in lab.names:
-            model = sources.model(task, self.cutter.read(made, task))
-            scores[task] = lab.alone(task, model, split)
+        lab = self.cutter.lab
+        scores = {task: lab.alone(task, self.cutter.model(made, task), split) for task in lab.names}
         return lab.normalised(scores, split)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from twinmerge.errors import RecipeError
-
-from .lab import STORED, Lab
-from .static import Say
-from .twin import MAIN, STATIC, oracle
+from .lab import Lab
+from .static import STATIC, Say
+from .twin import MAIN, oracle
 
 RANKS = (1, 4, 16, 64)
 
@@ -40,11 +38,6 @@ def settings(lab: Lab) -> list[dict[str, Any]]:
 
 
 def compression(lab: Lab, say: Say) -> None:
-    method, _ = STATIC[MAIN]
+    method = STATIC[MAIN].method
     for exclusive in settings(lab):
-        try:
-            oracle(lab, say, MAIN, method, {}, exclusive)
-        except RecipeError as problem:  # a budget that does not pay for what is kept whole
-            say(f"on {MAIN}, {exclusive}: left out, {problem}")
-            continue
-        lab.drop(lab.recipe(method, {}, stored=STORED, **exclusive))
+        oracle(lab, say, MAIN, method, {}, exclusive, keep=False)

@@ -43,12 +43,18 @@ def refit(experts: Sequence[Float[Tensor, "out in"]], fit: Fit) -> Fit:
     rests = [x - _product(f) for x, f in zip(experts, fit.factors, strict=True)]
     shared = torch.stack(rests).mean(dim=0)
     between = total(experts, shared, fit.factors)
-    factors = [svd(x - shared).cut(len(f.s)) for x, f in zip(experts, fit.factors, strict=True)]
-    after = total(experts, shared, factors)
+    after = settled(experts, fit, shared)
     energy = sum(float((x - shared).double().square().sum()) for x in experts)
     slack = ROUNDING * energy
-    assert after <= between + slack and between <= fit.error + slack, (fit.error, between, after)
-    return Fit(shared, factors, after)
+    errors = fit.error, between, after.error
+    assert after.error <= between + slack and between <= fit.error + slack, errors
+    return after
+
+
+def settled(experts: Sequence[Float[Tensor, "out in"]], fit: Fit, shared: Tensor) -> Fit:
+    """The best factors beside another shared expert, at the ranks of `fit`."""
+    factors = [svd(x - shared).cut(len(f.s)) for x, f in zip(experts, fit.factors, strict=True)]
+    return Fit(shared, factors, total(experts, shared, factors))
 
 
 def total(experts: Sequence[Tensor], shared: Tensor, factors: Sequence[SVD]) -> float:

@@ -1,8 +1,9 @@
 """One way to cut all experts to some bytes: its dials, the files it makes, and what these hold.
 
 An expert's file holds its head, its vectors (what is no matrix, as differences to the shared
-expert), and the factors of each matrix: `W_t ≈ W_s + B A`. What no expert changed is in none. All
-is made from train inputs and weights; scores are those of models made from the files, read back.
+expert), and the factors of each matrix: `W_t ≈ W_s + B A`. What no expert changed is in none. The
+shared expert is rounded to `STORED` before anything is made of it, so that files make up for that.
+All is made from train inputs and weights; scores are those of models made from files, read back.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from twinmerge.artifact.format import HEAD
 from twinmerge.data import Text, batches, encode
 from twinmerge.merging.linalg import SVD, svd
+from twinmerge.runtime.attach import named_tensors
 
 from . import cut_refit
 from .cut_activation import aware
@@ -29,7 +33,7 @@ from .cut_inputs import Moments, moments
 from .cut_ranks import Ranks, across, budgeted, even
 from .cut_store import Dtype, decode, room, row_size
 from .cut_store import encode as packed_rows
-from .lab import Lab
+from .lab import STORED, Lab
 from .rival_packed import Packed, Vector, from_file, to_file
 from .rival_sources import Sources
 
@@ -37,6 +41,8 @@ FACTORS, VECTORS, RANKS, BASES = "factors", "vectors", "ranks", "bases"
 """Names in a file."""
 
 BATCH = 32
+
+ROUNDED: torch.dtype = getattr(torch, STORED)
 
 MOST_INPUTS = 256
 """Of each task; fewer inputs are the first of these."""
@@ -74,11 +80,14 @@ class Way:
     inputs: int = 0
 
     @property
-    def possible(self) -> bool:
-        """A bias that is not kept cannot be corrected; only own factors are refitted or aware, and
-        the refit knows no activations."""
+    def clash(self) -> str:
+        """Why there is no such way; "" where there is."""
+        if self.correct and self.vectors == "none":
+            return "a bias that is not kept cannot be corrected"
         changed = (self.ranks == "basis", self.rounds > 0, self.ridge is not None)
-        return not (self.correct and self.vectors == "none") and sum(changed) <= 1
+        if sum(changed) > 1:
+            return "only own factors are refitted or aware, and the refit knows no activations"
+        return ""
 
     @property
     def title(self) -> str:
@@ -123,11 +132,13 @@ class Made:
     ranks: tuple[int, int, int]
 
     def sizes(self, base_float16: int) -> dict[str, Any]:
-        """Bases are counted with the experts, each with its part of them."""
-        experts = sum(map(len, self.experts.values()))
-        share = (experts + len(self.bases)) / len(self.experts) / base_float16
+        """Bases are counted with the experts, each with its part of them; largest: a file."""
+        files = [len(file) for file in self.experts.values()]
+        experts = sum(files)
+        share = (experts + len(self.bases)) / len(files) / base_float16
         return {
             "experts": experts,
+            "largest": max(files),
             "extra_shared": len(self.bases),
             "base_float16": base_float16,
             "share": share,
@@ -148,9 +159,15 @@ class Cutter:
 
     @cached_property
     def shared(self) -> Vector:
-        """The average, minus the pretrained model."""
+        """The average as it is stored, minus the pretrained model."""
         vectors = list(self.sources.vectors.values())
-        return {name: torch.stack([v[name] for v in vectors]).mean(dim=0) for name in vectors[0]}
+        means = {name: torch.stack([v[name] for v in vectors]).mean(dim=0) for name in vectors[0]}
+        return {name: self.stored(name, mean) for name, mean in means.items()}
+
+    def stored(self, name: str, x: Tensor) -> Tensor:
+        """A shared tensor minus the pretrained one, after their sum was rounded to `STORED`."""
+        pretrained = self.sources.base[name].float()
+        return (pretrained + x).to(ROUNDED).float() - pretrained
 
     @cached_property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -200,7 +217,7 @@ class Cutter:
 
         Raises `TooLarge`.
         """
-        assert way.possible, way
+        assert not way.clash, way
         limit = int(budget * self.sources.base_float16)
         if way.ranks == "basis":
             found = self._on_basis(way, limit)
@@ -220,6 +237,18 @@ class Cutter:
             updates = self._read_factors(packed, made.way)
         exclusive = updates | self._read_vectors(packed, made.way)
         return {name: x + exclusive[name] for name, x in made.shared.items()}
+
+    @torch.no_grad()
+    def model(self, made: Made, task: str) -> PreTrainedModel:
+        """An expert made from the files. What no expert changed is rounded as the shared expert."""
+        plain = self.sources.model(task, self.read(made, task))
+        tensors = dict(named_tensors(plain))
+        heads = [name.removesuffix(HEAD) for name in self.sources.heads[task]]
+        own = {id(tensors[name]) for name in (*made.shared, *heads)}
+        for x in tensors.values():  # by identity: a tied tensor has other names, too
+            if id(x) not in own:
+                x.copy_(x.to(ROUNDED))
+        return plain
 
     def _factored(self, way: Way, limit: int) -> Made:
         space = self._room(way, limit, ranks=len(self.matrices))
@@ -324,7 +353,8 @@ class Cutter:
         return found
 
     def _refitted(self, ranks: dict[str, Ranks], rounds: int) -> dict[str, cut_refit.Fit]:
-        """Goes on where the last call stopped, if that was for the same ranks and fewer rounds."""
+        """With the shared expert as it is stored. Goes on where the last call stopped, if that was
+        for the same ranks and fewer rounds."""
         names, vectors = self.lab.names, self.sources.vectors
         if self._fits is None or self._fits[0] != ranks or self._fits[1] > rounds:
             fits = {
@@ -340,7 +370,12 @@ class Cutter:
             for name, fit in fits.items():
                 fits[name] = cut_refit.refit([vectors[task][name] for task in names], fit)
         self._fits = ranks, rounds, fits
-        return dict(fits)
+        return {
+            name: cut_refit.settled(
+                [vectors[task][name] for task in names], fit, self.stored(name, fit.shared)
+            )
+            for name, fit in fits.items()
+        }
 
     # --------------------------------------------------------------------------------------- files
 

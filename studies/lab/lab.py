@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -117,12 +122,22 @@ class Lab:
 
     def built(self, recipe: Recipe) -> Artifact:
         """The artifact of a recipe, built if it is not there."""
-        text = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
-        folder = self.work / "artifacts" / hashlib.sha256(text.encode()).hexdigest()[:16]
-        if not (folder / MANIFEST).is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            build(recipe, folder)
+        key = _key(self.records.settings.get("inputs"), recipe.model_dump(mode="json"))
+        folder = self.work / "artifacts" / key
+        with self._alone(key):
+            if not (folder / MANIFEST).is_file():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                build(recipe, folder)
         return Artifact(folder, check=False)
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Other processes with the same work folder wait."""
+        place = self.work / "locks" / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def drop(self, recipe: Recipe) -> None:
         """Remove an artifact that is not needed again."""
@@ -148,7 +163,7 @@ class Lab:
                 "validation": ("validation", self.settings.choose_rows),
                 ALL: ("validation", self.settings.better_rows),
             }[split]
-            rows = {name: self._rows(name, file)[:limit] for name in self.names}
+            rows = {name: some(self._rows(name, file), limit) for name in self.names}
             self._prepared[split] = prepare(self.plain, rows, max_tokens=self.settings.max_tokens)
         return self._prepared[split]
 
@@ -228,31 +243,61 @@ class Lab:
 
     # ------------------------------------------------------------------------------------- router
 
-    def route(self, artifact: Artifact, seed: int = 0, **settings: Any) -> TwinModel:
-        """The artifact opened with a router on it, that of an earlier one with the same shared
-        expert, experts and settings where there is one."""
-        manifest = artifact.manifest
+    def route(
+        self,
+        artifact: Artifact,
+        seed: int = 0,
+        *,
+        fitted_on: Artifact | None = None,
+        **settings: Any,
+    ) -> TwinModel:
+        """A copy of the artifact with a router, opened; `manifest` of the model tells of both.
+
+        fitted_on: the artifact beside which the router is fitted, with the same shared expert;
+                   default: the same. A router is fitted once
+        settings:  of the router, beside rows and seed
+        """
+        ground = fitted_on or artifact
+        assert ground.manifest.shared_files() == artifact.manifest.shared_files()
+        router = self._router(ground, seed, settings)
+        key = f"{artifact.folder.name}-{router.folder.name}"
+        folder = self.work / "routed" / key
+        with self._alone(key):
+            if not folder.is_dir():
+                assert router.manifest.router is not None
+                with self._copy(artifact, folder) as copy:
+                    store_router(copy, load_router(router), router.manifest.router)
+        return opened(Artifact(folder, check=False))
+
+    @contextmanager
+    def _copy(self, artifact: Artifact, folder: Path) -> Iterator[Artifact]:
+        """A copy, to be changed, that is at `folder` in the end. Files are linked, not doubled:
+        what changes an artifact puts other files in their place."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.work) as temporary:
+            copy = Path(temporary) / "artifact"
+            shutil.copytree(artifact.folder, copy, copy_function=os.link)
+            yield Artifact(copy, check=False)
+            copy.rename(folder)
+
+    def _router(self, artifact: Artifact, seed: int, settings: Mapping[str, Any]) -> Artifact:
+        """A copy of the artifact that has a router."""
         wanted = Router(rows_per_task=self.settings.router_rows, seed=seed, **settings)
-        key = json.dumps(
-            [manifest.shared_files(), list(manifest.names), wanted.model_dump(mode="json")],
-            sort_keys=True,
+        key = _key(
+            self.records.settings.get("inputs"),
+            artifact.manifest.recipe,
+            wanted.model_dump(mode="json"),
+            self.settings.max_tokens,
         )
-        place = self.work / "routers" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.txt"
-        other = Path(place.read_text()) if place.is_file() else None
-        if other is not None and (other / MANIFEST).is_file() and other != artifact.folder:
-            known = Artifact(other, check=False)
-            assert known.manifest.router is not None
-            store_router(artifact, load_router(known), known.manifest.router)
-        elif other is None or not (other / MANIFEST).is_file():
-            texts = {name: self.texts(name, "train") for name in manifest.names}
-            kept = self.work / "routers" / place.stem
-            if kept.exists():
-                shutil.rmtree(kept)
-            shutil.copytree(artifact.folder, kept)
-            fit_router(kept, texts, wanted, max_tokens=self.settings.max_tokens, dtype="float32")
-            place.write_text(str(kept))
-            return self.route(artifact, seed, **settings)
-        return opened(artifact)
+        folder = self.work / "routers" / key
+        with self._alone(key):
+            if not folder.is_dir():
+                names = artifact.manifest.names
+                texts = {name: self.texts(name, "train") for name in names}
+                limit = self.settings.max_tokens
+                with self._copy(artifact, folder) as copy:
+                    fit_router(copy.folder, texts, wanted, max_tokens=limit, dtype="float32")
+        return Artifact(folder, check=False)
 
     @torch.no_grad()
     def routed(self, model: TwinModel, name: str, split: str) -> Routed:
@@ -316,7 +361,20 @@ def opened(artifact: Artifact) -> TwinModel:
     return load(artifact.folder, check=False, dtype="float32")
 
 
-def bytes_of(artifact: Artifact) -> dict[str, Any]:
+def some(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    """At most so many, drawn with a seed, in their order. The first would not do: files are sorted
+    (STS-B's by source, and its first rows are the easiest to route)."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(Random(0).sample(range(len(rows)), limit))]
+
+
+def _key(*parts: Any) -> str:
+    """Of what is kept in the work folder: equal for equal parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def bytes_of(artifact: Artifact | TwinModel) -> dict[str, Any]:
     """What an artifact stores.
 
     share: of one expert's bytes, mean over experts, in the bytes of one float16 base model

@@ -247,9 +247,9 @@ def compression(study: Study) -> Any:
         _log(axes)
         axes.set_xlabel(SHARE)
         axes.set_title(title)
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False, fontsize=8.5
-        )
+        if axes.get_legend_handles_labels()[0]:  # a panel may have nothing to show
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+            axes.legend(**place, ncols=3, frameon=False, fontsize=8.5)
     panels[0].set_ylabel(f"{NORMALISED}, oracle")
     return figure
 
@@ -266,12 +266,11 @@ def _form(exclusive: Mapping[str, Any]) -> str:
 def score_by_bytes(study: Study) -> Any:
     """Ours, by rank and by how numbers are stored, and rivals."""
     lines: list[Line] = []
-    mine = [twin for twin in study.twins if twin.shared == MAIN and twin.oracle]
     for protocol in PROTOCOLS:
         points = [
-            (100 * place, [result["normalised"] for result in results])
-            for twin in mine
-            if (results := twin.results(protocol)) and (place := share_of(twin.oracle)) is not None
+            (100 * place, [result["normalised"] for result in twin.results(protocol)])
+            for twin in study.twins
+            if twin.shared == MAIN and (place := twin.share(protocol)) is not None
         ]
         lines.append(Line(f"Twin-Merging, {protocol}", points, NEEDS[protocol]))
     quantised: dict[str, list[Record]] = {}
@@ -293,7 +292,7 @@ def score_by_bytes(study: Study) -> Any:
     _experts_line(axes)
     _lines(axes, lines)
     _log(axes)
-    axes.set_xlabel(SHARE)
+    axes.set_xlabel(f"{SHARE}\n(known-head and routed: with its part of the router)")
     axes.set_ylabel(NORMALISED)
     axes.set_title(f"{HOLLOW}; dashed line: the experts themselves")
     handles, labels = axes.get_legend_handles_labels()
@@ -352,7 +351,7 @@ def _stored(axes: Any, study: Study, lines: Sequence[Line]) -> None:
     for line in lines:
         name = line.label.split(",")[0]
         points = [
-            (all_bytes(record) / mega, values)
+            (all_bytes(record, router=line.needs != NEEDS["oracle"]) / mega, values)
             for count, values in line.points
             if (record := stored.get((name, int(count)))) is not None
         ]
@@ -375,7 +374,7 @@ def _stored(axes: Any, study: Study, lines: Sequence[Line]) -> None:
 
 def static(study: Study) -> Any:
     """Static merges from worst to best, then Twin-Merging by rank on the main shared expert."""
-    found = sorted((record["normalised"], record["name"]) for record in study.of("static"))
+    found = sorted((record["normalised"], record["name"]) for record in study.static)
     bars = [(name, [value], GREY) for value, name in found]
     for twin in (twin for twin in study.twins if twin.shared == MAIN):
         for protocol in ROUTED:

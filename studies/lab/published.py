@@ -18,7 +18,8 @@ from typing import Literal
 class Published:
     """One row of one of the paper's tables; `score` in percent, as printed.
 
-    part, name, rank: of our record beside it; rank None: not Twin-Merging, or our largest
+    part, name, rank: of our record beside it; rank None: not Twin-Merging, or the
+    largest that all shared experts have been routed at
     """
 
     tables: str

@@ -46,6 +46,7 @@ class Records:
         else:
             text = {"settings": settings, "provenance": provenance()}
             replace_text(about, json.dumps(text, indent=1) + "\n")
+        self.settings = settings
         self.commit = provenance()["commit"]
 
     def all(self) -> list[Record]:

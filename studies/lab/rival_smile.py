@@ -11,7 +11,7 @@ No task is asked for, so this is the known-head protocol. As in the authors' cod
 pretrained. Nothing is chosen by data but the gate's rank, on validation rows.
 
 Ours: V is stored once for gate and expert (theirs: twice), so a layer costs max(k, gate) in + k out
-numbers in float16, and the difference of the biases in float32.
+numbers, and the difference of the biases out numbers, all in float16.
 
 Source: Tang et al., SMILE: Zero-Shot Sparse Mixture of Low-Rank Experts Construction From
 Pre-Trained Foundation Models, arXiv:2408.10174. Our implementation.
@@ -80,13 +80,15 @@ def pack(
         packed[f"{weight}.v"] = found.vh.half()
         packed[f"{weight}.us"] = (found.u * found.s)[:, :rank].half()
         if bias in vector:
-            packed[bias] = vector[bias]
+            packed[bias] = vector[bias].half()
     return packed
 
 
 def unpack(packed: Packed, path: str, gate: int) -> LowRank:
     v, us = packed[f"{path}.weight.v"].float(), packed[f"{path}.weight.us"].float()
-    return LowRank(v[:gate], v[: us.shape[1]], us, packed.get(f"{path}.bias"))
+    bias = packed.get(f"{path}.bias")
+    bias = None if bias is None else bias.float()
+    return LowRank(v[:gate], v[: us.shape[1]], us, bias)
 
 
 def install(model: nn.Module, experts: Sequence[Packed], paths: Sequence[str], gate: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from twinmerge.artifact.format import HEAD
 from twinmerge.artifact.reader import Artifact
 from twinmerge.merging.linalg import SVD, svd
 from twinmerge.runtime.attach import named_tensors
@@ -69,11 +70,13 @@ class Sources:
 
     @cached_property
     def heads(self) -> dict[str, Packed]:
-        """Task -> its head, under the names that it has in an expert's file of an artifact."""
+        """Task -> its head as an expert's file of an artifact has it: names, and its own dtype."""
+        artifact = Artifact(self.lab.plain.folder, check=False)
         found: dict[str, Packed] = {}
         for task in self.lab.names:
-            plain = dict(named_tensors(self.lab.expert(task)))
-            found[task] = {f"{name}.head": plain[name].detach() for name in self._heads(task)}
+            with artifact.expert(task) as tensors:
+                names = [name for name in tensors.names() if name.endswith(HEAD)]
+                found[task] = {name: tensors[name] for name in names}
         return found
 
     @cached_property

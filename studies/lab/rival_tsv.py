@@ -4,8 +4,8 @@ For expert t and one matrix, `Δ_t ≈ Σ_{j ≤ k} σ_j u_j v_jᵀ`. The paper 
 matrix's triplets for every task, k = min(out, in) / T (sections 4.1 and 5.2), and asks for the
 task. It stores k (out + 1 + in) numbers for each matrix, and vectors whole (appendix B.3).
 
-Ours: u and v are float16, σ and vectors float32. What is no matrix is stored whole, which is also
-what an artifact does with vectors. No shared tensor beside the pretrained model.
+Ours: all numbers are float16. What is no matrix is stored whole, which is also what an artifact
+does with vectors, in the dtype of its factors. No shared tensor beside the pretrained model.
 
 Source: Gargiulo et al., Task Singular Vectors, arXiv:2412.00081. Our implementation.
 """
@@ -32,17 +32,19 @@ def pack(vector: Vector, factors: Mapping[str, SVD], counts: Mapping[str, int]) 
     packed: Packed = {}
     for name, x in vector.items():
         if name not in factors:
-            packed[f"{name}.whole"] = x
+            packed[f"{name}.whole"] = x.half()
             continue
         kept = factors[name].cut(counts[name])
-        packed |= {f"{name}.u": kept.u.half(), f"{name}.s": kept.s, f"{name}.vh": kept.vh.half()}
+        parts = {"u": kept.u, "s": kept.s, "vh": kept.vh}
+        packed |= {f"{name}.{part}": x.half() for part, x in parts.items()}
     return packed
 
 
 def unpack(packed: Packed, shapes: Shapes) -> Vector:
+    found = {name: x.float() for name, x in packed.items()}
     return {
-        name: packed[f"{name}.whole"]
-        if f"{name}.whole" in packed
-        else (packed[f"{name}.u"].float() * packed[f"{name}.s"]) @ packed[f"{name}.vh"].float()
+        name: found[f"{name}.whole"]
+        if f"{name}.whole" in found
+        else (found[f"{name}.u"] * found[f"{name}.s"]) @ found[f"{name}.vh"]
         for name in shapes
     }

@@ -2,80 +2,111 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from .lab import Lab, opened
 
 Say = Callable[[str], None]
 Parameters = dict[str, Any]
 
-STATIC: dict[str, tuple[str, Mapping[str, list[Any]]]] = {
-    "averaging": ("linear", {}),
-    "task arithmetic": ("task_arithmetic", {"weight": [0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5]}),
-    "TIES": ("ties", {"density": [0.2, 0.5, 0.8], "lambda": [0.5, 1.0, 1.5]}),
-    "DARE + task arithmetic": ("dare_linear", {"density": [0.3, 0.8], "weight": [0.2, 0.3, 0.4]}),
-    "DARE + TIES": ("dare_ties", {"density": [0.3, 0.8], "weight": [0.2, 0.3, 0.4]}),
-    "Breadcrumbs": (
-        "breadcrumbs",
-        {"density": [0.5, 0.9], "gamma": [0.01], "weight": [0.2, 0.3, 0.4]},
-    ),
-    "Breadcrumbs + TIES": (
-        "breadcrumbs_ties",
-        {"density": [0.5, 0.9], "gamma": [0.01], "weight": [0.2, 0.3, 0.4]},
-    ),
-    "DELLA": (
-        "della",
-        {"density": [0.5, 0.8], "epsilon": [0.1], "weight": [0.2, 0.3, 0.4]},
-    ),
-    "DELLA, linear": (
-        "della_linear",
-        {"density": [0.5, 0.8], "epsilon": [0.1], "weight": [0.2, 0.3, 0.4]},
-    ),
-    "Model Stock": ("model_stock", {}),
-    "SCE": ("sce", {"select_topk": [0.3, 1.0]}),
-    "TSV-M": ("tsv_m", {"lambda": [1.0, 1.4, 2.0]}),
-    "Iso-C": ("iso_c", {"lambda": [1.4, 2.0, 3.0, 4.0]}),
-    "Iso-CTS": ("iso_cts", {"lambda": [1.4, 2.0, 3.0, 4.0]}),
+LADDERS: Mapping[str, tuple[float, ...]] = {
+    "weight": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0),
+    "lambda": (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0, 6.0),
+    "density": (0.05, 0.1, 0.2, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0),
+    "select_topk": (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0),
 }
-"""Name -> method, and the values of its parameters that are tried. `slerp` takes two models, and
-is no merge of eight."""
+"""Values of a parameter that may be tried, of every method the same."""
+
+
+class Static(NamedTuple):
+    """start: where the search for coefficients begins, on `LADDERS`; fixed: not searched"""
+
+    method: str
+    start: Mapping[str, float] = {}
+    fixed: Mapping[str, float] = {}
+
+
+STATIC: dict[str, Static] = {
+    "averaging": Static("linear"),
+    "task arithmetic": Static("task_arithmetic", {"weight": 0.3}),
+    "TIES": Static("ties", {"density": 0.2, "lambda": 1.0}),
+    "DARE + task arithmetic": Static("dare_linear", {"density": 0.8, "weight": 0.3}),
+    "DARE + TIES": Static("dare_ties", {"density": 0.3, "weight": 0.3}),
+    "Breadcrumbs": Static("breadcrumbs", {"density": 0.9, "weight": 0.3}, {"gamma": 0.01}),
+    "Breadcrumbs + TIES": Static(
+        "breadcrumbs_ties", {"density": 0.9, "weight": 0.3}, {"gamma": 0.01}
+    ),
+    "DELLA": Static("della", {"density": 0.8, "lambda": 1.0}, {"epsilon": 0.1}),
+    "DELLA, linear": Static("della_linear", {"density": 0.8, "weight": 0.3}, {"epsilon": 0.1}),
+    "Model Stock": Static("model_stock"),
+    "SCE": Static("sce", {"select_topk": 1.0}),
+    "TSV-M": Static("tsv_m", {"lambda": 1.0}),
+    "Iso-C": Static("iso_c", {"lambda": 1.0}),
+    "Iso-CTS": Static("iso_cts", {"lambda": 1.0}),
+}
+"""By title. `slerp` takes two models, and is no merge of eight."""
 
 
 def chosen(lab: Lab, name: str, say: Say) -> Parameters:
-    """The coefficients of a method with the best normalised score on validation rows."""
-    method, grid = STATIC[name]
-    if not grid:
-        return {}
-    best: tuple[float, Parameters] | None = None
-    for values in itertools.product(*grid.values()):
-        parameters = dict(zip(grid, values, strict=True))
+    """The coefficients of a method that validation rows find better than their neighbours.
 
-        def tried(parameters: Parameters = parameters) -> dict[str, Any]:
-            recipe = lab.recipe(method, parameters)
-            model = opened(lab.built(recipe))
-            found = lab.dense(model, "validation", oracle=False)
-            lab.drop(recipe)
-            return found
+    From `start`, to the best of the steps to a neighbour on a ladder, until none is better: the
+    best lies inside the ladders, or at an end that they share with all methods.
+    """
+    static = STATIC[name]
+    at = dict(static.start)
+    tried: dict[tuple[float, ...], float] = {}
+    while static.start:
+        for parameters in (at, *neighbours(at)):
+            key = tuple(parameters.values())
+            if key not in tried:
+                tried[key] = score(lab, name, parameters, say)
+        best = max(tried, key=lambda key: tried[key])  # of equal ones the first
+        if tried[best] == tried[tuple(at.values())]:
+            break
+        at = dict(zip(at, best, strict=True))
+    return at | dict(static.fixed)
 
-        record = lab.records.once("choice", name, {"method": method} | parameters, tried)
-        say(f"{name} {parameters}: {record['normalised']:.4f} on validation rows")
-        if best is None or record["normalised"] > best[0]:
-            best = record["normalised"], parameters
-    assert best is not None
-    return best[1]
+
+def neighbours(at: Mapping[str, float]) -> list[dict[str, float]]:
+    """One step on one ladder."""
+    found = []
+    for name, value in at.items():
+        ladder = LADDERS[name]
+        place = ladder.index(value)
+        found += [
+            {**at, name: ladder[other]}
+            for other in (place - 1, place + 1)
+            if 0 <= other < len(ladder)
+        ]
+    return found
+
+
+def score(lab: Lab, name: str, parameters: Mapping[str, float], say: Say) -> float:
+    """Normalised, on validation rows, heads known."""
+    static = STATIC[name]
+    whole = {**parameters, **static.fixed}
+
+    def tried() -> dict[str, Any]:
+        recipe = lab.recipe(static.method, whole)
+        found = lab.dense(opened(lab.built(recipe)), "validation", oracle=False)
+        lab.drop(recipe)
+        return found
+
+    record = lab.records.once("choice", name, {"method": static.method} | whole, tried)
+    say(f"{name} {whole}: {record['normalised']:.4f} on validation rows")
+    return record["normalised"]
 
 
 def static(lab: Lab, say: Say) -> None:
     """One record for each static merge, true heads; `pretrained` is the base itself."""
     for name in ("pretrained", *STATIC):
-        method = "task_arithmetic" if name == "pretrained" else STATIC[name][0]
+        method = "task_arithmetic" if name == "pretrained" else STATIC[name].method
         parameters = {"weight": 0.0} if name == "pretrained" else chosen(lab, name, say)
 
         def scored(method: str = method, parameters: Parameters = parameters) -> dict[str, Any]:
-            recipe = lab.recipe(method, parameters)
-            model = opened(lab.built(recipe))
+            model = opened(lab.built(lab.recipe(method, parameters)))
             return {"protocol": "known-head"} | lab.dense(model, "test", oracle=False)
 
         settings = {"method": method, "parameters": parameters}

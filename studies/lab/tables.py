@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from twinmerge.evaluation.report.page import Section, Table
-
 from . import tables_further as further
 from . import tables_quality as quality
-from .shown import Study
+from .shown import Section, Study, Table, at_most
 
 SECTIONS = (
     quality.experts,
@@ -41,6 +39,7 @@ def tables(folder: Path) -> str:
         parts += [_paragraph(text) for text in section.text]
         for table in section.tables:
             parts += [f"{_plain(table.caption)}:", _table(table)]
+            parts += [_paragraph(note) for note in table.notes]
     return "\n\n".join([*parts, _paragraph(unmeasured(study))]) + "\n"
 
 
@@ -56,14 +55,15 @@ def lead(study: Study) -> str:
     """Rows, and what made the records."""
     settings, made = study.settings, study.provenance
     hardware, versions = made["hardware"], made["versions"]
-    test = settings["test_rows"]
+    test, better = settings["test_rows"], settings.get("better_rows")
     records = [record for part in study.records.values() for record in part]
     commits = dict.fromkeys(str(record["commit"]) for record in records)
+    choose, tokens = at_most(settings["choose_rows"]), settings["max_tokens"]
     return (
-        f"{len(study.tasks)} experts: {', '.join(study.tasks)}. Of each task at most "
-        f"{settings['choose_rows'] or 'all'} validation rows choose, routers learn from at most "
-        f"{settings['router_rows']:,} train rows, and {test or 'all'} test rows score; test rows "
-        f"choose nothing. Rows are cut to {settings['max_tokens']} tokens. Made on "
+        f"{len(study.tasks)} experts: {', '.join(study.tasks)}. Of each task {choose} "
+        f"validation rows choose, and {at_most(better)} where it is to be better than the paper; "
+        f"routers learn from at most {settings['router_rows']:,} train rows, and {at_most(test)} "
+        f"test rows score; test rows choose nothing. Rows are cut to {tokens} tokens. Made on "
         f"{hardware['processor']}, {hardware['threads']} of {hardware['cores']} cores; torch "
         f"{versions['torch']}, transformers {versions['transformers']}; {len(records):,} records "
         f"of commit {', '.join(commits) or made['commit']}."
@@ -72,9 +72,10 @@ def lead(study: Study) -> str:
 
 def unmeasured(study: Study) -> str:
     lacking = [name for name, there in study.parts.items() if not there]
+    said = f"Not measured, and left out: {'; '.join(lacking)}."
     if not lacking:
-        return "All parts of the study have been measured."
-    return f"Not measured, and left out: {'; '.join(lacking)}."
+        said = "All parts of the study have been measured."
+    return f"{said} {study.gaps}".strip()
 
 
 # ------------------------------------------------------------------------------------- markdown

@@ -9,14 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from twinmerge.evaluation.report.page import Cell, Section, Table
+from twinmerge.evaluation.report.page import Cell
 
 from .records import Record
 from .shown import (
+    LEFT_OUT,
     NOTHING,
     PROTOCOLS,
     ROUTED,
+    Section,
     Study,
+    Table,
+    at_most,
     grouped_said,
     number,
     percent,
@@ -25,9 +29,12 @@ from .shown import (
     score,
     settings_said,
     share,
+    share_of,
+    share_with_router,
     spread,
+    stored,
 )
-from .tables_quality import SHARE, SHARE_TIP
+from .tables_quality import SHARE, SHARE_TIP, TIPS, WITH_ROUTER
 from .twin import MAIN
 
 TWIN = "Twin-Merging"
@@ -41,7 +48,8 @@ def more_tasks(study: Study) -> Section:
     records = study.of("tasks")
     static = [n for n in dict.fromkeys(record["name"] for record in records) if n != TWIN]
     columns = ["tasks", "added", *(f"{name}, known-head" for name in static)]
-    columns += [*(f"{TWIN}, {name}" for name in PROTOCOLS), "routed right", SHARE, "all bytes"]
+    columns += [*(f"{TWIN}, {name}" for name in PROTOCOLS), "routed right", SHARE]
+    columns += [WITH_ROUTER, "all bytes"]
     rows, before = [], list[str]()
     for names in task_sets(study):
         mine = [record for record in records if record["settings"]["names"] == names]
@@ -56,13 +64,16 @@ def more_tasks(study: Study) -> Section:
         cells.append(spread([record.get("routing accuracy") for record in twins]))
         with_bytes = next((record for record in twins if "bytes" in record), None)
         everything = NOTHING if with_bytes is None else number(all_bytes(with_bytes))
-        rows.append([*cells, share(with_bytes), everything])
+        cells += [share(share_of(with_bytes)), share(share_with_router(with_bytes, len(names)))]
+        rows.append([*cells, everything])
     results = [r[name] for r in records for name in PROTOCOLS if name in r]
+    twin = study.of("tasks", TWIN)
     caption = (
         f"Normalised scores, %, by number of tasks, {rows_said(results)} of the test split. "
-        "All bytes: shared expert, experts and router of Twin-Merging" if rows else ""
+        f"All bytes: shared expert, experts and router of Twin-Merging, in {stored(twin)}"
+        if rows else ""
     )  # fmt: skip
-    tables = [Table(caption, columns, rows, tips={SHARE: SHARE_TIP})] if rows else []
+    tables = [Table(caption, columns, rows, tips=TIPS)] if rows else []
     if rows:
         methods = [*static, *([TWIN] if study.of("tasks", TWIN) else [])]
         made = []
@@ -89,8 +100,9 @@ def task_sets(study: Study) -> list[list[str]]:
     return sorted(found, key=len)
 
 
-def all_bytes(record: Record) -> int:
-    return sum(record["bytes"][name] for name in ("shared", "experts", "router"))
+def all_bytes(record: Record, *, router: bool = True) -> int:
+    parts = ("shared", "experts", *(["router"] if router else []))
+    return sum(record["bytes"][name] for name in parts)
 
 
 def unseen(study: Study) -> Section:
@@ -296,18 +308,57 @@ def paths(study: Study) -> Section:
 
 
 def better(study: Study) -> Section:
-    """What was tried beyond the paper, and what was kept."""
-    rows = []
-    for record in study.of("better"):
-        kept = "test" in record
-        cells = [Cell(record["name"]), Cell(said(record["settings"])), share(record)]
-        cells += [percent(record["validation"]["normalised"]), Cell("yes" if kept else "no")]
-        rows.append([*cells, percent(record["test"]["normalised"]) if kept else NOTHING])
-    columns = ["what was tried", "settings", SHARE, "validation", "kept", "test"]
-    results = [record["validation"] for record in study.of("better")]
-    caption = (
-        f"Normalised scores, %: all that was tried, {rows_said(results)} of the validation split, "
-        "which choose; of what was kept also on test rows" if rows else ""
-    )  # fmt: skip
-    tables = [Table(caption, columns, rows, tips={SHARE: SHARE_TIP})] if rows else []
+    """What was tried beyond the paper, and what was kept, beside the paper's own cut.
+
+    Records with test rows are named `<why>: <way>`; the way's own record has no test rows.
+    """
+    records = study.of("better")
+    tried = [record for record in records if "test" not in record]
+    scored = [record for record in records if "test" in record]
+    larger = any("largest" in record["bytes"] for record in records)
+
+    def sizes(record: Record) -> list[Cell]:
+        largest = [number(record["bytes"].get("largest"))] if larger else []
+        return [share(share_of(record)), *largest]
+
+    sized = [SHARE, *(["largest expert, bytes"] if larger else [])]
+    tables = []
+    if tried:
+        rows = [
+            [*_way(record, record["name"]), *sizes(record),
+             percent(record["validation"]["normalised"])]
+            for record in tried
+        ]  # fmt: skip
+        where = rows_said([record["validation"] for record in tried])
+        limit = at_most(study.settings.get("better_rows"))
+        caption = (
+            f"Normalised scores, %, oracle: all that was tried, {where}: "
+            f"{limit} validation rows of each, which choose. "
+            f"Factors and vectors are stored as said, the shared expert in {stored(tried)}"
+        )
+        columns = ["what was tried", "budget, % of base", "settings", *sized, "validation"]
+        tables.append(Table(caption, columns, rows, tips={SHARE: SHARE_TIP}))
+    if scored:
+        rows = []
+        for record in scored:
+            why, _, name = record["name"].partition(": ")
+            what, budget, settings = _way(record, name)
+            cells = [Cell(why), budget, what, settings, *sizes(record)]
+            cells += [percent(record[split]["normalised"]) for split in ("validation", "test")]
+            rows.append(cells)
+        caption = (
+            "Normalised scores, %, oracle: what validation rows kept at each budget, and the "
+            f"paper's own cut, {rows_said([r['test'] for r in scored])} of the test split"
+        )
+        columns = ["", "budget, % of base", "way", "settings", *sized, "validation", "test"]
+        tables.append(Table(caption, columns, rows, tips={SHARE: SHARE_TIP}))
+    if left := study.left_out("better"):
+        rows = [[*_way(record, record["name"]), Cell(record[LEFT_OUT])] for record in left]
+        columns = ["what was left out", "budget, % of base", "settings", "why"]
+        tables.append(Table("Ways left out, and why", columns, rows))
     return Section("better", "Better than the paper", [], tables)
+
+
+def _way(record: Record, name: str) -> list[Cell]:
+    budget = record["settings"]["budget"]
+    return [Cell(name), Cell(f"{100 * budget:.3g}", budget), Cell(settings_said(record, "budget"))]

@@ -8,15 +8,18 @@ from __future__ import annotations
 from math import sqrt
 from statistics import fmean
 
-from twinmerge.evaluation.report.page import Cell, Section, Table
+from twinmerge.evaluation.report.page import Cell
 
 from .published import PUBLISHED, Published
 from .records import Record
 from .shown import (
+    LEFT_OUT,
     NEEDS,
     NOTHING,
     PROTOCOLS,
+    Section,
     Study,
+    Table,
     Twin,
     grouped_said,
     needs,
@@ -28,7 +31,9 @@ from .shown import (
     settings_said,
     share,
     share_of,
+    share_with_router,
     spread,
+    stored,
 )
 from .twin import MAIN
 
@@ -36,7 +41,13 @@ MAIN_RANK = 16
 """Of the rows that stand for Twin-Merging beside its smallest and its largest rank."""
 
 SHARE = "bytes of an expert, % of base"
-SHARE_TIP = "mean over experts of all that is stored of one, in the bytes of one float16 base model"
+SHARE_TIP = (
+    "mean over experts of all that is stored of one, without a router, in the bytes of one float16 "
+    "base model"
+)
+WITH_ROUTER = "with its part of the router, % of base"
+WITH_ROUTER_TIP = "the same, and of the router's bytes one part of as many as there are experts"
+TIPS = {SHARE: SHARE_TIP, WITH_ROUTER: WITH_ROUTER_TIP}
 
 
 def experts(study: Study) -> Section:
@@ -68,28 +79,32 @@ def experts(study: Study) -> Section:
 
 def merges(study: Study) -> Section:
     """The paper's Tables 2, 8 (averages) and 11."""
-    static, twins = study.of("static"), study.twins
+    static, twins = study.static, study.twins
     noisy = [f"{name}, without {study.noisy}" for name in PROTOCOLS] if study.noisy else []
-    columns = ["method", *PROTOCOLS, *noisy, "seeds", SHARE]
+    columns = ["method", *PROTOCOLS, *noisy, "seeds", SHARE, WITH_ROUTER]
     rows = []
     for record in static:
         keys = ["normalised", *(["normalised_without_noisy"] if noisy else [])]
         cells = [Cell(record["name"])]
         for key in keys:
             cells += [NOTHING, percent(record[key]), NOTHING]
-        rows.append([*cells, NOTHING, NOTHING])
+        rows.append([*cells, NOTHING, NOTHING, NOTHING])
     for twin in twins:
         cells = [Cell(twin.name)]
         for key in ["normalised", *(["normalised_without_noisy"] if noisy else [])]:
             cells += [spread([r[key] for r in twin.results(name)]) for name in PROTOCOLS]
         seeds = number(len(twin.routed)) if twin.routed else NOTHING
-        rows.append([*cells, seeds, share(twin.oracle)])
+        rows.append([*cells, seeds, share(twin.share("oracle")), share(twin.share("routed"))])
     results = [*static, *(r for t in twins for name in PROTOCOLS for r in t.results(name))]
     text = [
         "*oracle*: all weight on the true expert, its head: the ceiling of the compression. "
         "*known-head*: the true task's head, routed weights; a static merge has no weights to "
         "route, so its true head is all there is to know. *routed*: nothing is known of a row. "
         "The paper's protocol is *known-head* with the true task's biases too.",
+        "Under *routed*, a row that another task's head answers counts as no answer. For accuracy "
+        "that is a wrong one, for a regression the mean of the answered rows. For Matthews' "
+        f"correlation and F1{_third_class(study)} it is a third class, which costs less than the "
+        "opposite answer would.",
         "± is the standard deviation over routers of other seeds, on the same rows; it is not "
         "the error that other rows would bring.",
     ]
@@ -100,9 +115,27 @@ def merges(study: Study) -> Section:
             " of the test split. Coefficients chosen on validation rows, routers learned from "
             "train rows, ranks as said"
         )
-        tables.append(Table(caption, columns, rows, tips={SHARE: SHARE_TIP}))
+        if twins:
+            kind = stored(study.twin_records)
+            caption += f". Bytes are of {kind} storage; known-head and routed need the router's too"
+        notes = [study.gaps] if study.gaps else []
+        if unscored := study.unscored:
+            notes.append(
+                "No test record of the coefficients that are best on validation rows: "
+                f"{'; '.join(unscored)}."
+            )
+        tables.append(Table(caption, columns, rows, tips=TIPS, notes=notes))
     tables += _choices(study)
     return Section("merges", "Static merges and Twin-Merging", text, tables)
+
+
+def _third_class(study: Study) -> str:
+    tasks = [
+        record["name"]
+        for record in study.of("experts")
+        if any(kind in record["test"]["metric"] for kind in ("matthews", "f1"))
+    ]
+    return f" ({', '.join(tasks)})" if tasks else ""
 
 
 def _choices(study: Study) -> list[Table]:
@@ -110,9 +143,9 @@ def _choices(study: Study) -> list[Table]:
     rows, tried = [], study.of("choice")
     for name in dict.fromkeys(record["name"] for record in tried):
         mine = study.of("choice", name)
-        best = max(mine, key=lambda record: record["normalised"])
-        cells = [Cell(name), Cell(settings_said(best, "method"))]
-        rows.append([*cells, percent(best["normalised"]), number(len(mine))])
+        if (best := study.chosen(name)) is not None:
+            cells = [Cell(name), Cell(settings_said(best, "method"))]
+            rows.append([*cells, percent(best["normalised"]), number(len(mine))])
     if not rows:
         return []
     caption = (
@@ -124,7 +157,7 @@ def _choices(study: Study) -> list[Table]:
 
 def per_task(study: Study) -> Section:
     """The paper's Table 8."""
-    found: list[tuple[str, list[Record]]] = [(r["name"], [r]) for r in study.of("static")]
+    found: list[tuple[str, list[Record]]] = [(r["name"], [r]) for r in study.static]
     for twin in _main(study):
         for name in PROTOCOLS:
             if results := twin.results(name):
@@ -166,13 +199,14 @@ def _main(study: Study) -> list[Twin]:
 
 def ablation(study: Study) -> Section:
     """The paper's Table 6."""
-    columns = ["what is there", "shared", *PROTOCOLS, SHARE]
+    protocols = ["shared", *PROTOCOLS]
     records = study.of("ablation")
     rows = [
         [
             Cell(record["name"]),
-            *(percent(_normalised(record, name)) for name in columns[1:-1]),
-            share(record),
+            *(percent(_normalised(record, name)) for name in protocols),
+            share(share_of(record)),
+            share(share_with_router(record, len(study.tasks))),
         ]
         for record in records
     ]
@@ -180,19 +214,21 @@ def ablation(study: Study) -> Section:
     if len(alone) > 1:
         means = [
             percent(fmean(values)) if (values := [v for v in found if v is not None]) else NOTHING
-            for found in ([_normalised(record, name) for record in alone] for name in columns[1:-1])
+            for found in ([_normalised(record, name) for record in alone] for name in protocols)
         ]
-        rows.append([Cell(f"dynamic, mean of these {len(alone)}"), *means, NOTHING])
-    results = [record[name] for record in records for name in columns[1:-1] if name in record]
+        rows.append([Cell(f"dynamic, mean of these {len(alone)}"), *means, NOTHING, NOTHING])
+    results = [record[name] for record in records for name in protocols if name in record]
     text = [
         "*dynamic on* an expert: what the others know beyond it is added to it, instead of to a "
         "shared expert. *shared*: a static merge, true heads."
     ]
     caption = (
         f"Normalised scores, %, {rows_said(results)} of the test split; nothing is chosen: the "
-        f"shared expert is the average, and {_ranks(records)}" if results else ""
+        f"shared expert is the average, and {_ranks(records)}; bytes of {stored(records)} storage"
+        if results else ""
     )  # fmt: skip
-    tables = [Table(caption, columns, rows, tips={SHARE: SHARE_TIP})] if rows else []
+    columns = ["what is there", *protocols, SHARE, WITH_ROUTER]
+    tables = [Table(caption, columns, rows, tips=TIPS)] if rows else []
     return Section("ablation", "Ablation", text, tables)
 
 
@@ -218,7 +254,7 @@ def compression(study: Study) -> Section:
     for record in records:
         exclusive = dict(record["settings"]["exclusive"])
         dtype = exclusive.pop("dtype", "")
-        cells = [Cell(said(exclusive)), Cell(dtype), share(record)]
+        cells = [Cell(said(exclusive)), Cell(dtype), share(share_of(record))]
         cells += [number(record["bytes"]["experts"]), percent(record["normalised"])]
         if study.noisy:
             cells.append(percent(record["normalised_without_noisy"]))
@@ -228,9 +264,16 @@ def compression(study: Study) -> Section:
     on = ", ".join(dict.fromkeys(record["name"] for record in records))
     caption = (
         f"Normalised scores, %, oracle, {rows_said(records)} of the test split; shared expert "
-        f"by {on}; nothing is chosen" if rows else ""
+        f"by {on}, in {stored(records)}; nothing is chosen. Bytes are those of experts alone"
+        if rows else ""
     )  # fmt: skip
     tables = [Table(caption, columns, rows, tips={SHARE: SHARE_TIP})] if rows else []
+    if left := study.left_out("twin oracle"):
+        rows = [
+            [Cell(f"{r['name']}, {said(r['settings']['exclusive'])}"), Cell(r[LEFT_OUT])]
+            for r in left
+        ]
+        tables.append(Table("Cuts left out, and why", ["shared expert, kept", "why"], rows))
     return Section("compression", "Compression", [], tables)
 
 
@@ -239,12 +282,12 @@ def rivals(study: Study) -> Section:
     records = study.of("rival")
     if not records:
         return Section("rivals", "Rivals at equal bytes", [])
-    lines: list[tuple[Record, list[Cell]]] = []
+    lines: list[tuple[float | None, list[Cell]]] = []
     for record in records:
         name = ", ".join(filter(None, (record["name"], settings_said(record))))
         lines.append(
             (
-                record,
+                share_of(record),
                 [
                     Cell(f"{name} (our implementation)"),
                     Cell(record["source"]),
@@ -259,27 +302,30 @@ def rivals(study: Study) -> Section:
             if results := twin.results(protocol):
                 cells = [Cell(twin.name), Cell("this project"), Cell(NEEDS[protocol])]
                 cells += [Cell(protocol), *_both(study, results)]
-                lines.append((twin.oracle or {}, cells))
+                lines.append((twin.share(protocol), cells))
     for record in study.compressed:
         exclusive = record["settings"]["exclusive"]
         if exclusive.keys() == {"rank", "dtype"} and exclusive["dtype"].startswith("int"):
             cells = [Cell(f"Twin-Merging on {record['name']}, {said(exclusive)}")]
             cells += [Cell("this project"), Cell(NEEDS["oracle"]), Cell("oracle")]
-            lines.append((record, [*cells, *_both(study, [record])]))
-    lines.sort(key=lambda line: share_of(line[0]) or 0.0)
+            lines.append((share_of(record), [*cells, *_both(study, [record])]))
+    lines.sort(key=lambda line: line[0] or 0.0)
     columns = ["method", "source", "needs the task id", "protocol", "normalised"]
     columns += [f"without {study.noisy}"] if study.noisy else []
-    rows = [[*cells, share(record)] for record, cells in lines]
+    rows = [[*cells, share(place)] for place, cells in lines]
     caption = (
         f"Normalised scores, %, by bytes, {rows_said(records)} of the test split; "
-        "± over the routers' seeds. Settings with a choice were chosen on validation rows"
+        "± over the routers' seeds. Settings with a choice were chosen on validation rows. Bytes "
+        f"of ours are of {stored(study.twin_records)} storage where no other dtype is said"
     )
     text = [
         "Rivals are our implementation from their papers, not their authors' code. The bytes are "
-        "those of one expert, with its part of a tensor of the base's size where a rival needs one "
-        "beside the pretrained model. The model itself, and a router, come once."
+        "those of one expert, with its part of all that its protocol needs beside one model: our "
+        "router under known-head and routed, SMILE's gate, a tensor of the base's size. Under "
+        "oracle no router is needed, and none is counted."
     ]
-    tables = [Table(caption, [*columns, SHARE], rows, tips={SHARE: SHARE_TIP})]
+    tip = f"{SHARE_TIP}; of known-head and routed rows, with the expert's part of the router"
+    tables = [Table(caption, [*columns, SHARE], rows, tips={SHARE: tip})]
     if tried := study.of("rival choice"):
         caption = (
             "What was tried for rivals, normalised scores, %, on validation rows; "
@@ -308,6 +354,11 @@ def paper(study: Study) -> Section:
         "its reference code, the true task's biases too; ours is *known-head*: the true head "
         "alone. Its Tables 2 and 8 give two averages the other way round; both are shown."
     ]
+    if rank := common_rank(study):
+        text.append(
+            "Where the paper's row says no rank, ours is the largest at which all of our shared "
+            f"experts that were routed were, {rank}."
+        )
     columns = ["the paper's row", "its tables", "paper", "ours, known-head", "ours is"]
     caption = "Normalised scores, %: as printed in arXiv:2406.15479, and ours on test rows"
     measured = any(row[3] is not NOTHING for row in rows)
@@ -315,18 +366,27 @@ def paper(study: Study) -> Section:
     return Section("paper", "Beside the paper's numbers", text, tables)
 
 
+def common_rank(study: Study) -> int | None:
+    """The largest rank at which all shared experts that have been routed have been."""
+    ranks: dict[str, set[int]] = {}
+    for twin in study.twins:
+        if twin.routed:
+            ranks.setdefault(twin.shared, set()).add(twin.rank)
+    return max(set.intersection(*ranks.values()), default=None) if ranks else None
+
+
 def _beside(study: Study, line: Published) -> tuple[str, Cell]:
     """Our name of a published row, and our score."""
     if line.part == "static":
-        records = study.of("static", line.name)
-        return line.name, spread([record["normalised"] for record in records])
+        values = [r["normalised"] for r in study.static if r["name"] == line.name]
+        return line.name if values else "", spread(values)
     if line.part == "twin":
-        mine = [twin for twin in study.twins if twin.shared == line.name and twin.routed]
-        mine = [twin for twin in mine if line.rank in (None, twin.rank)]
-        if not mine:
-            return "", NOTHING
-        results = mine[-1].results("known-head")
-        return mine[-1].name, spread([result["normalised"] for result in results])
+        rank = line.rank or common_rank(study)
+        for twin in study.twins:
+            if (twin.shared, twin.rank) == (line.name, rank) and twin.routed:
+                results = twin.results("known-head")
+                return twin.name, spread([result["normalised"] for result in results])
+        return "", NOTHING
     if line.part == "ablation":
         records = dynamic(study) if line.name == "dynamic" else study.of("ablation", line.name)
         name = f"mean of {len(records)} experts" if line.name == "dynamic" else line.name

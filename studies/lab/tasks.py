@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from twinmerge.artifact.reader import Artifact
 from twinmerge.evaluation.tasks.glue import GLUE
 
 from .lab import STORED, Lab, bytes_of, opened
@@ -29,10 +28,11 @@ SEED = 0
 """Of the router."""
 
 GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
-    "task arithmetic": {"weight": (0.05, 0.1, 0.2, 0.3, 0.5)},
+    "task arithmetic": {"weight": (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)},
     "TIES": {"density": (0.2, 0.5), "lambda": (0.5, 1.0)},
 }
-"""What is tried anew for every choice of experts: fewer values than for the main table."""
+"""What is tried anew for every choice of experts: fewer values than for the main table. A weight of
+0.5 averages two experts."""
 
 
 @contextmanager
@@ -75,8 +75,8 @@ def best(some: Lab, name: str, say: Say) -> Parameters:
 
 
 def static_scores(some: Lab, method: str, parameters: Parameters, split: str) -> dict[str, Any]:
-    """A static merge of a lab's experts, true heads."""
-    recipe = some.recipe(method, parameters)
+    """A static merge of a lab's experts as it is stored, true heads."""
+    recipe = some.recipe(method, parameters, stored=STORED)
     artifact = some.built(recipe)
     model = opened(artifact)
     found = {"bytes": bytes_of(artifact), "known-head": some.dense(model, split, oracle=False)}
@@ -119,11 +119,10 @@ def _twin(some: Lab, say: Say) -> None:
     exclusive: dict[str, Any] = {"rank": RANK}
 
     def scored() -> dict[str, Any]:
-        artifact = some.built(some.recipe(method, stored=STORED, **exclusive))
-        model = some.route(artifact, SEED)
+        model = some.route(some.built(some.recipe(method, stored=STORED, **exclusive)), SEED)
         routes = {name: some.routed(model, name, "test") for name in some.names}
         return {
-            "bytes": bytes_of(Artifact(artifact.folder, check=False)),
+            "bytes": bytes_of(model),
             "oracle": some.dense(model, "test", oracle=True),
             "routing accuracy": routing_of(model.experts, routes)["accuracy"],
         } | some.protocols(model, routes, "test")

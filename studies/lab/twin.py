@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from twinmerge.artifact.reader import Artifact
+from twinmerge.errors import RecipeError
+from twinmerge.runtime.model import TwinModel
 
 from .lab import STORED, Lab, bytes_of, opened
 from .static import STATIC, Parameters, Say, chosen
@@ -15,38 +16,58 @@ SHARED = ("averaging", "task arithmetic", "TIES")
 """The paper's Table 11."""
 
 MAIN = "averaging"
-"""The shared expert that is routed at `ROUTED_RANKS`; the others at `OTHER_RANKS`."""
+"""The shared expert that is routed at all ranks; the others at `OTHER_RANKS`."""
 
-ROUTED_RANKS = (1, 4, 16, 64)
-OTHER_RANKS = (16,)
+OTHER_RANKS = (1, 16, 64)
+
+FITTED_RANK = 16
+"""The router of all ranks is fitted beside this one: they have one shared expert. What it reads is
+the same beside any, its sharpness is not."""
 
 
 def twin(lab: Lab, say: Say) -> None:
     """`oracle` at every rank; `known-head` and `routed` with a router of each seed."""
     for shared in SHARED:
-        method, _ = STATIC[shared]
+        method = STATIC[shared].method
         parameters = chosen(lab, shared, say)
         for rank in lab.settings.ranks:
             oracle(lab, say, shared, method, parameters, {"rank": rank})
         for seed in lab.settings.seeds:
-            wanted = ROUTED_RANKS if shared == MAIN else OTHER_RANKS
-            ranks = tuple(rank for rank in lab.settings.ranks if rank in wanted)
+            ranks = lab.settings.ranks
+            if shared != MAIN:
+                ranks = tuple(rank for rank in ranks if rank in OTHER_RANKS)
             routed(lab, say, shared, method, parameters, ranks, seed)
 
 
 def oracle(
-    lab: Lab, say: Say, shared: str, method: str, parameters: Parameters, exclusive: dict[str, Any]
-) -> dict[str, Any]:
+    lab: Lab,
+    say: Say,
+    shared: str,
+    method: str,
+    parameters: Parameters,
+    exclusive: dict[str, Any],
+    *,
+    keep: bool = True,
+) -> None:
+    """keep: whether the artifact is needed again. A budget that does not pay for what is kept whole
+    is recorded as left out."""
+
     def scored() -> dict[str, Any]:
-        artifact = lab.built(lab.recipe(method, parameters, stored=STORED, **exclusive))
-        model = opened(artifact)
-        found = lab.dense(model, "test", oracle=True)
-        return {"protocol": "oracle", "bytes": bytes_of(artifact)} | found
+        recipe = lab.recipe(method, parameters, stored=STORED, **exclusive)
+        try:
+            artifact = lab.built(recipe)
+        except RecipeError as problem:
+            return {"left out": str(problem)}
+        found = lab.dense(opened(artifact), "test", oracle=True)
+        record = {"protocol": "oracle", "bytes": bytes_of(artifact)} | found
+        if not keep:
+            lab.drop(recipe)
+        return record
 
     settings = {"method": method, "parameters": parameters, "exclusive": exclusive}
     record = lab.records.once("twin oracle", shared, settings, scored)
-    say(f"on {shared}, {exclusive}: oracle {record['normalised']:.4f}")
-    return record
+    result = record.get("left out") or f"oracle {record['normalised']:.4f}"
+    say(f"on {shared}, {exclusive}: {result}")
 
 
 def routed(
@@ -58,21 +79,18 @@ def routed(
     ranks: tuple[int, ...],
     seed: int,
 ) -> None:
-    """All ranks have one shared expert, so one router says the same of all of them.
-
-    Its sharpness is chosen at the first of `ranks` that is asked; it is said in the record.
-    """
+    """All ranks have one shared expert, so one router says the same of all of them."""
     routes: dict[str, Any] = {}
-    for rank in sorted(ranks, key=lambda rank: rank != 16):
+    fitted = lab.recipe(method, parameters, stored=STORED, rank=FITTED_RANK)
+    for rank in ranks:
         recipe = lab.recipe(method, parameters, stored=STORED, rank=rank)
 
         def scored(recipe: Any = recipe) -> dict[str, Any]:
-            artifact = lab.built(recipe)
-            model = lab.route(artifact, seed)
+            model = lab.route(lab.built(recipe), seed, fitted_on=lab.built(fitted))
             if not routes:
                 routes.update({name: lab.routed(model, name, "test") for name in model.experts})
             both = lab.protocols(model, routes, "test")
-            return both | {"router": said(artifact), "routing": routing_of(model.experts, routes)}
+            return both | {"router": said(model), "routing": routing_of(model.experts, routes)}
 
         settings = {
             "method": method,
@@ -88,9 +106,9 @@ def routed(
         )
 
 
-def said(artifact: Artifact) -> dict[str, Any]:
-    """What the artifact says of its router."""
-    record = Artifact(artifact.folder, check=False).manifest.router
+def said(model: TwinModel) -> dict[str, Any]:
+    """What the manifest says of the router."""
+    record = model.manifest.router
     assert record is not None
     kept = ("kind", "layers", "held_out_accuracy", "calibration_error", "temperature", "sharpness")
     return {name: getattr(record, name) for name in kept} | {"bytes": record.bytes}
@@ -147,13 +165,12 @@ def _ablated(
         recipe = lab.recipe(method, parameters, each=each, stored=STORED, **exclusive)
         artifact = lab.built(recipe)
         if not exclusive:
-            model = opened(artifact)
-            return {"shared": lab.dense(model, "test", oracle=False)}
+            return {"shared": lab.dense(opened(artifact), "test", oracle=False)}
         model = lab.route(artifact)
         routes = {task: lab.routed(model, task, "test") for task in model.experts}
         return {
             "oracle": lab.dense(model, "test", oracle=True),
-            "bytes": bytes_of(artifact),
+            "bytes": bytes_of(model),
         } | lab.protocols(model, routes, "test")
 
     settings = {"method": method, "parameters": parameters, "exclusive": exclusive, "each": each}

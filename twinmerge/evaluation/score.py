@@ -193,10 +193,12 @@ def evaluate(
     """Score every task of `rows` (task name -> rows with text and `label`) under `protocol`.
 
     A row that another task's head answered has no answer to its own question. In a classification
-    it counts as wrong, also where the class numbers happen to agree; in a regression it gets the
-    mean of the values that the right head gave, so it tells nothing. `top_k` and `threshold` drop
-    small weights where the router decides (`routed`, `known-head`); other protocols have none to
-    drop. Raises `InputError` for bad rows or an unknown protocol.
+    it counts as wrong in accuracy, also where the class numbers happen to agree; in Matthews
+    correlation and F1 it is a class of its own (-1), which costs less than the opposite class would
+    (in F1 the same, where the row is positive). In a regression it gets the mean of the values that
+    the right head gave, so it tells nothing. `top_k` and `threshold` drop small weights where the
+    router decides (`routed`, `known-head`); other protocols have none to drop. Raises `InputError`
+    for bad rows or an unknown protocol.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
