@@ -90,7 +90,7 @@ class Rows:
                     f"{type(text).__name__} and {label!r}."
                 )
             rows.texts.append(text)
-            rows.labels.append(label)
+            rows.labels.append(float(label))
         return rows
 
 
