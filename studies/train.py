@@ -244,7 +244,7 @@ class Trainer:
             rows = Rows.read(self.data, self.task, split)
             parts = [rows.texts[i : i + 64] for i in range(0, len(rows.texts), 64)]
             logits = torch.cat([model(**self.encode(part)).logits.float() for part in parts])
-            values = logits[:, 0] if len(self.labels) == 1 else logits.argmax(-1)
+            values = logits[:, 0] if len(self.labels) == 1 else logits.argmax(-1).float()
             scores[f"{split}_score"] = round(score(rows.labels, values.tolist()), 4)
             scores[f"{split}_rows"] = len(rows.labels)
         result = {
