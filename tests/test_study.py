@@ -14,16 +14,12 @@ from texts import EXPERTS, write_rows
 
 from twinmerge.data import read_rows
 
-STUDIES = Path(__file__).parent.parent / "studies"
-
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
 
 @pytest.fixture(scope="module")
 def glue():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(STUDIES)
-        yield importlib.import_module("glue")
+    return importlib.import_module("glue")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,30 +11,25 @@ import torch
 from conftest import randn
 from hypothesis import given
 from hypothesis import strategies as st
+from lab import better, cut_way
+from lab import lab as lab_module
+from lab.cut_activation import aware
+from lab.cut_basis import cores, joint, product
+from lab.cut_correction import correctable, corrected
+from lab.cut_inputs import moments
+from lab.cut_ranks import budgeted, cost, even, stored
+from lab.cut_refit import refit, settled, start
+from lab.cut_store import DTYPES, decode, encode, room, row_size
+from lab.cut_way import Cutter, TooLarge, Way, balanced
+from lab.lab import Lab, Settings
+from lab.records import Records
+from lab.rival_packed import from_file, to_file
 from torch import nn
 
-STUDIES = str(Path(__file__).parent.parent / "studies")
-if STUDIES not in sys.path:
-    sys.path.insert(0, STUDIES)
-
-from lab import better, cut_way  # noqa: E402
-from lab import lab as lab_module  # noqa: E402
-from lab.cut_activation import aware  # noqa: E402
-from lab.cut_basis import cores, joint, product  # noqa: E402
-from lab.cut_correction import correctable, corrected  # noqa: E402
-from lab.cut_inputs import moments  # noqa: E402
-from lab.cut_ranks import budgeted, cost, even, stored  # noqa: E402
-from lab.cut_refit import refit, settled, start  # noqa: E402
-from lab.cut_store import DTYPES, decode, encode, room, row_size  # noqa: E402
-from lab.cut_way import Cutter, TooLarge, Way, balanced  # noqa: E402
-from lab.lab import Lab, Settings  # noqa: E402
-from lab.records import Records  # noqa: E402
-from lab.rival_packed import from_file, to_file  # noqa: E402
-
-from twinmerge.artifact.codec import dequantise, quantise  # noqa: E402
-from twinmerge.merging.linalg import svd  # noqa: E402
-from twinmerge.runtime.attach import named_tensors  # noqa: E402
-from twinmerge.runtime.export import DenseMerge  # noqa: E402
+from twinmerge.artifact.codec import dequantise, quantise
+from twinmerge.merging.linalg import svd
+from twinmerge.runtime.attach import named_tensors
+from twinmerge.runtime.export import DenseMerge
 
 # ------------------------------------------------------------------------------------------- bytes
 

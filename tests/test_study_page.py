@@ -19,7 +19,6 @@ import pytest
 
 from twinmerge.errors import InputError
 
-STUDIES = Path(__file__).parent.parent / "studies"
 TASKS = ["cola", "mnli", "rte", "sst2"]
 OWN = {"cola": 0.41, "mnli": 0.77, "rte": 0.62, "sst2": 0.9}
 ROWS = {"cola": 1043, "mnli": 9815, "rte": 277, "sst2": 872}
@@ -32,10 +31,8 @@ STATIC = {"pretrained": 0.45, "averaging": 0.6, "task arithmetic": 0.7, "TIES": 
 
 @pytest.fixture(scope="module")
 def lab():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(STUDIES))
-        names = ("page", "plots", "published", "shown", "tables")
-        yield SimpleNamespace(**{n: importlib.import_module(f"lab.{n}") for n in names})
+    names = ("page", "plots", "published", "shown", "tables")
+    return SimpleNamespace(**{n: importlib.import_module(f"lab.{n}") for n in names})
 
 
 # -------------------------------------------------------------------------------- made-up records

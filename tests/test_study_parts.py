@@ -22,7 +22,6 @@ from twinmerge.data import read_rows
 from twinmerge.runtime.cost import forward_cost
 from twinmerge.runtime.load import load
 
-STUDIES = Path(__file__).parent.parent / "studies"
 TWINS = {"Twin-Merging", "Twin-Merging, no fallback"}
 
 # Of peft, as it opens an adapter.
@@ -32,10 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:Futu
 @pytest.fixture(scope="module")
 def parts():
     """Modules of `studies/lab`, by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(STUDIES)
-        names = ("lab", "records", "tasks", "unseen", "analysis", "paths", "twin")
-        yield {name: importlib.import_module(f"lab.{name}") for name in names}
+    names = ("lab", "records", "tasks", "unseen", "analysis", "paths", "twin")
+    return {name: importlib.import_module(f"lab.{name}") for name in names}
 
 
 @pytest.fixture(scope="module")

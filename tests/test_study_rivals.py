@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import randn
-from tiny import EXPERTS
-from torch import nn
-
-STUDIES = str(Path(__file__).parent.parent / "studies")
-if STUDIES not in sys.path:
-    sys.path.insert(0, STUDIES)
-
-from lab import (  # noqa: E402
+from lab import (
     rival_emr,
     rival_smile,
     rival_switch,
@@ -24,9 +16,9 @@ from lab import (  # noqa: E402
     rival_tsv,
     rivals,
 )
-from lab.lab import Lab, Settings  # noqa: E402
-from lab.records import Records  # noqa: E402
-from lab.rival_packed import (  # noqa: E402
+from lab.lab import Lab, Settings
+from lab.records import Records
+from lab.rival_packed import (
     flat,
     from_bits,
     from_file,
@@ -34,10 +26,12 @@ from lab.rival_packed import (  # noqa: E402
     to_bits,
     to_file,
 )
-from lab.rival_sources import linear_layers  # noqa: E402
+from lab.rival_sources import linear_layers
+from tiny import EXPERTS
+from torch import nn
 
-from twinmerge.artifact.reader import Artifact  # noqa: E402
-from twinmerge.merging.linalg import svd  # noqa: E402
+from twinmerge.artifact.reader import Artifact
+from twinmerge.merging.linalg import svd
 
 SHAPES = {"first.weight": torch.Size((12, 8)), "first.bias": torch.Size((12,))}
 WEIGHTS = 12 * 8 + 12

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from twinmerge.merging.build import build
 from twinmerge.recipe import Recipe
 from twinmerge.runtime.load import load
 
-STUDIES = Path(__file__).parent.parent / "studies"
 GIVEN = {
     "rank": 2, "targets": "query,value", "lr": 1e-3, "batch": 4, "epochs": 1, "rows": 12,
     "max_tokens": 16, "seed": 0, "score_only": False, "full": False, "task": None,
@@ -25,9 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:Futu
 
 @pytest.fixture(scope="module")
 def train():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(STUDIES)
-        yield importlib.import_module("train")
+    return importlib.import_module("train")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from twinmerge.checkpoint import Checkpoint
+
 WEIGHTS = (".safetensors", ".bin", "config.json")
 ROWS = (".jsonl", ".jsonl.gz")
 
@@ -16,7 +18,10 @@ def inputs(
     """SHA-256 of base, experts and tasks, by name; of a base on the hub its id.
 
     experts, rows: name -> folder
+
+    Raises `CheckpointError` for a base that cannot be opened.
     """
+    Checkpoint.open(base).close()
     place = Path(base)
     return {
         "base": {"": _digest(place, WEIGHTS) if place.is_dir() else base},

@@ -168,9 +168,18 @@ class Lab:
         return self._prepared[split]
 
     def texts(self, name: str, split: str) -> list[Text]:
+        """Raises `InputError` for a row that is a chat: a study is of classifiers of text."""
         columns = task_for(name, None).columns
-        found = [text_of(row, columns) for row in self._rows(name, split)]
-        return [text for text in found if isinstance(text, tuple)]
+        found: list[Text] = []
+        for number, row in enumerate(self._rows(name, split), start=1):
+            text = text_of(row, columns)
+            if not isinstance(text, tuple):
+                raise InputError(
+                    f"task '{name}', {split} row {number}: expected a text or a pair, got a chat. "
+                    "A study is of experts that classify text."
+                )
+            found.append(text)
+        return found
 
     def _rows(self, name: str, split: str) -> list[dict[str, Any]]:
         found, _ = read_tasks(self.data[name], [name], split)
