@@ -26,14 +26,14 @@ from typing import Annotated
 
 import typer
 from lab.analysis import cost, grouped, routing
-from lab.better import better
+from lab.better.better import better
 from lab.compression import compression
 from lab.inputs import inputs
 from lab.lab import Lab, Settings
-from lab.page import write
+from lab.page.page import write
 from lab.paths import paths
 from lab.records import Records
-from lab.rivals import rivals
+from lab.rivals.rivals import rivals
 from lab.static import Say, static
 from lab.tasks import tasks
 from lab.twin import ablation, twin

@@ -11,19 +11,19 @@ import torch
 from conftest import randn
 from hypothesis import given
 from hypothesis import strategies as st
-from lab import better, cut_way
 from lab import lab as lab_module
-from lab.cut_activation import aware
-from lab.cut_basis import cores, joint, product
-from lab.cut_correction import correctable, corrected
-from lab.cut_inputs import moments
-from lab.cut_ranks import budgeted, cost, even, stored
-from lab.cut_refit import refit, settled, start
-from lab.cut_store import DTYPES, decode, encode, room, row_size
-from lab.cut_way import Cutter, TooLarge, Way, balanced
+from lab.better import better
+from lab.better.activation import aware
+from lab.better.basis import cores, joint, product
+from lab.better.correction import correctable, corrected
+from lab.better.moments import moments
+from lab.better.ranks import budgeted, cost, even, stored
+from lab.better.refit import refit, settled, start
+from lab.better.store import DTYPES, decode, encode, room, row_size
+from lab.better.way import Cutter, TooLarge, Way, balanced
 from lab.lab import Lab, Settings
 from lab.records import Records
-from lab.rival_packed import from_file, to_file
+from lab.rivals.packed import from_file, to_file
 from torch import nn
 
 from twinmerge.artifact.codec import dequantise, quantise
@@ -454,7 +454,7 @@ def test_the_study_has_its_records_and_a_second_run_adds_none(bench, tmp_path, m
     assert len(every) == len({(r["name"], str(r["settings"])) for r in every})
     assert ranks == (1, 16) or counts[1] < counts[0] < 36
 
-    monkeypatch.setattr(cut_way.Cutter, "made", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(Cutter, "made", lambda *_: pytest.fail("made again"))
     before = lab.records.file.read_bytes()
     better.better(opened(bench, tmp_path, ranks), lambda _: None)
     assert lab.records.file.read_bytes() == before

@@ -32,7 +32,7 @@ STATIC = {"pretrained": 0.45, "averaging": 0.6, "task arithmetic": 0.7, "TIES": 
 @pytest.fixture(scope="module")
 def lab():
     names = ("page", "plots", "published", "shown", "tables")
-    return SimpleNamespace(**{n: importlib.import_module(f"lab.{n}") for n in names})
+    return SimpleNamespace(**{n: importlib.import_module(f"lab.page.{n}") for n in names})
 
 
 # -------------------------------------------------------------------------------- made-up records
@@ -497,7 +497,7 @@ def test_what_may_be_better_is_shown_by_way_and_what_was_kept_beside_the_papers_
 
 def test_records_are_named_as_the_search_names_them(lab, tmp_path):
     """Of a search whose ways are not made: names, settings and what is kept are its own."""
-    better = importlib.import_module("lab.better")
+    better = importlib.import_module("lab.better.better")
     records = importlib.import_module("lab.records").Records(tmp_path, {})
     made = SimpleNamespace(ranks=(1, 1, 1), error=0.5, corrected=0, sizes=lambda base: sizes(0.003))
     cutter = SimpleNamespace(

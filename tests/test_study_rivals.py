@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randn
-from lab import (
-    rival_emr,
-    rival_smile,
-    rival_switch,
-    rival_tall,
-    rival_tsv,
-    rivals,
-)
 from lab.lab import Lab, Settings
 from lab.records import Records
-from lab.rival_packed import (
+from lab.rivals import emr, rivals, smile, switch, tall, tsv
+from lab.rivals.packed import (
     flat,
     from_bits,
     from_file,
@@ -26,7 +19,7 @@ from lab.rival_packed import (
     to_bits,
     to_file,
 )
-from lab.rival_sources import linear_layers
+from lab.rivals.sources import linear_layers
 from tiny import EXPERTS
 from torch import nn
 
@@ -75,8 +68,8 @@ def test_a_task_vector_is_flat_and_comes_back():
 
 def test_tsv_at_full_rank_is_the_expert():
     found = vector(0)
-    packed = reread(rival_tsv.pack(found, factors(found), {"first.weight": 8}))
-    back = rival_tsv.unpack(packed, SHAPES)
+    packed = reread(tsv.pack(found, factors(found), {"first.weight": 8}))
+    back = tsv.unpack(packed, SHAPES)
     torch.testing.assert_close(back["first.weight"], found["first.weight"], **HALF)
     assert torch.equal(back["first.bias"], found["first.bias"].half().float())
 
@@ -84,8 +77,8 @@ def test_tsv_at_full_rank_is_the_expert():
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_tsv_leaves_what_eckart_and_young_say_and_stores_what_the_paper_counts(rank):
     found = vector(1)
-    packed = reread(rival_tsv.pack(found, factors(found), {"first.weight": rank}))
-    lost = found["first.weight"] - rival_tsv.unpack(packed, SHAPES)["first.weight"]
+    packed = reread(tsv.pack(found, factors(found), {"first.weight": rank}))
+    lost = found["first.weight"] - tsv.unpack(packed, SHAPES)["first.weight"]
     tail = torch.linalg.svdvals(found["first.weight"])[rank:].norm()
     torch.testing.assert_close(lost.norm(), tail, **HALF)
     # k (out + 1 + in) numbers and the vector, in float16
@@ -93,7 +86,7 @@ def test_tsv_leaves_what_eckart_and_young_say_and_stores_what_the_paper_counts(r
 
 
 def test_tsv_keeps_the_same_share_of_every_matrix():
-    assert [rival_tsv.count(shape, 8) for shape in ((384, 384), (1536, 384), (2, 384))] == [
+    assert [tsv.count(shape, 8) for shape in ((384, 384), (1536, 384), (2, 384))] == [
         48,
         48,
         1,
@@ -122,41 +115,41 @@ def test_emr_is_the_papers_formula():
     vectors = {name: vector(seed) for seed, name in enumerate(EXPERTS)}
     rows = [flat(each) for each in vectors.values()]
     unified, wanted = naive_emr(rows)
-    torch.testing.assert_close(rival_emr.elect(rows), unified)
-    kept = rival_emr.pack(vectors)
+    torch.testing.assert_close(emr.elect(rows), unified)
+    kept = emr.pack(vectors)
     shared = reread(kept.shared)
     torch.testing.assert_close(shared["unified"].float(), unified, **HALF)
     for name, want in zip(EXPERTS, wanted, strict=True):
-        back = rival_emr.unpack(shared, reread(kept.experts[name]), SHAPES)
+        back = emr.unpack(shared, reread(kept.experts[name]), SHAPES)
         torch.testing.assert_close(flat(back), want, **HALF)
 
 
 def test_emr_gives_a_single_expert_back():
-    kept = rival_emr.pack({"math": vector(0)})
-    back = rival_emr.unpack(kept.shared, kept.experts["math"], SHAPES)
+    kept = emr.pack({"math": vector(0)})
+    back = emr.unpack(kept.shared, kept.experts["math"], SHAPES)
     torch.testing.assert_close(flat(back), flat(vector(0)), **HALF)
 
 
 def test_emr_costs_one_bit_a_weight_and_a_shared_vector():
-    kept = rival_emr.pack({"math": vector(0), "code": vector(1)})
+    kept = emr.pack({"math": vector(0), "code": vector(1)})
     assert data_bytes(kept.experts["math"]) == math.ceil(WEIGHTS / 8) + 4
     assert data_bytes(kept.shared) == 2 * WEIGHTS
 
 
 def test_emr_of_an_expert_that_changed_nothing_is_the_pretrained_model():
     still = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    kept = rival_emr.pack({"math": vector(0), "code": still})
-    assert not flat(rival_emr.unpack(kept.shared, kept.experts["code"], SHAPES)).any()
+    kept = emr.pack({"math": vector(0), "code": still})
+    assert not flat(emr.unpack(kept.shared, kept.experts["code"], SHAPES)).any()
 
 
 # -------------------------------------------------------------------------------------- TALL masks
 
 
-@pytest.mark.parametrize("title", rival_tall.VECTORS)
+@pytest.mark.parametrize("title", tall.VECTORS)
 def test_tall_is_the_papers_formula(title):
     vectors = {name: vector(seed) for seed, name in enumerate(EXPERTS)}
     lambdas = dict(zip(EXPERTS, (0.2, 0.4, 0.6), strict=True))
-    kept = rival_tall.pack(title, vectors, lambdas)
+    kept = tall.pack(title, vectors, lambdas)
     multi = reread(kept.shared)["multi"].float()
     for name in EXPERTS:
         row = flat(vectors[name])
@@ -164,15 +157,15 @@ def test_tall_is_the_papers_formula(title):
             m if abs(t) >= lambdas[name] * abs(m - t) else 0.0
             for t, m in zip(row.tolist(), multi.tolist(), strict=True)
         ]
-        back = rival_tall.unpack(reread(kept.shared), reread(kept.experts[name]), SHAPES)
+        back = tall.unpack(reread(kept.shared), reread(kept.experts[name]), SHAPES)
         torch.testing.assert_close(flat(back), torch.tensor(want))
         assert data_bytes(kept.experts[name]) == math.ceil(WEIGHTS / 8)
 
 
 def test_tall_at_lambda_1_is_the_best_mask():
     rows = [randn(50, seed=seed) for seed in range(3)]
-    multi = rival_tall.summed(rows)
-    mask = rival_tall.mask(rows[0], multi, 1.0)
+    multi = tall.summed(rows)
+    mask = tall.mask(rows[0], multi, 1.0)
     torch.testing.assert_close(
         (rows[0] - mask * multi).abs(), torch.minimum(rows[0].abs(), (rows[0] - multi).abs())
     )
@@ -180,14 +173,14 @@ def test_tall_at_lambda_1_is_the_best_mask():
 
 def test_tall_gives_a_single_expert_back():
     title = "TALL masks + task arithmetic"
-    kept = rival_tall.pack(title, {"math": vector(0)}, {"math": 0.4})
-    back = rival_tall.unpack(kept.shared, kept.experts["math"], SHAPES)
+    kept = tall.pack(title, {"math": vector(0)}, {"math": 0.4})
+    back = tall.unpack(kept.shared, kept.experts["math"], SHAPES)
     torch.testing.assert_close(flat(back), flat(vector(0)), **HALF)
 
 
 def test_the_ties_vector_sums_the_large_values_that_agree():
     rows = [torch.tensor([9.0, 1.0, -8.0, 0.5]), torch.tensor([-3.0, 0.1, -7.0, 0.2])]
-    assert rival_tall.ties(rows, density=0.5).tolist() == [9.0, 0.0, -15.0, 0.0]
+    assert tall.ties(rows, density=0.5).tolist() == [9.0, 0.0, -15.0, 0.0]
 
 
 # ---------------------------------------------------------------------------------------- T-Switch
@@ -196,7 +189,7 @@ def test_the_ties_vector_sums_the_large_values_that_agree():
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 def test_t_switch_is_the_papers_formula(density):
     found = vector(0)
-    back = rival_switch.unpack(reread(rival_switch.pack(found, density)), SHAPES)
+    back = switch.unpack(reread(switch.pack(found, density)), SHAPES)
     for name, x in found.items():
         values = x.flatten().tolist()
         kept = set()
@@ -210,21 +203,21 @@ def test_t_switch_is_the_papers_formula(density):
 
 def test_t_switch_costs_a_bit_a_weight_a_bit_a_sign_and_a_scale_a_tensor():
     found = vector(0)
-    packed = rival_switch.pack(found, 0.3)
-    kept = sum(int(rival_switch.activation(x, 0.3).sum()) for x in found.values())
+    packed = switch.pack(found, 0.3)
+    kept = sum(int(switch.activation(x, 0.3).sum()) for x in found.values())
     assert data_bytes(packed) == math.ceil(WEIGHTS / 8) + math.ceil(kept / 8) + 4 * len(SHAPES)
 
 
 def test_t_switch_of_signs_is_exact():
     """Where all changes of a tensor are equally large, a sign says all."""
     found = {name: 0.01 * x.sign() for name, x in vector(0).items()}
-    back = rival_switch.unpack(rival_switch.pack(found, 1.0), SHAPES)
+    back = switch.unpack(switch.pack(found, 1.0), SHAPES)
     torch.testing.assert_close(flat(back), flat(found))
 
 
 def test_t_switch_of_a_tensor_that_did_not_change_is_nothing():
     found = vector(0) | {"first.bias": torch.zeros(12)}
-    back = rival_switch.unpack(rival_switch.pack(found, 0.5), SHAPES)
+    back = switch.unpack(switch.pack(found, 0.5), SHAPES)
     assert not back["first.bias"].any()
 
 
@@ -240,13 +233,13 @@ class Net(nn.Module):
         return self.first(x)
 
 
-def smile(vectors, rank, gate) -> tuple[Net, list]:
+def made_smile(vectors, rank, gate) -> tuple[Net, list]:
     torch.manual_seed(0)
     net = Net()
     paths = linear_layers(net, SHAPES)
     assert paths == ["first"]
-    packed = [reread(rival_smile.pack(v, factors(v), paths, rank, gate)) for v in vectors]
-    rival_smile.install(net, packed, paths, gate)
+    packed = [reread(smile.pack(v, factors(v), paths, rank, gate)) for v in vectors]
+    smile.install(net, packed, paths, gate)
     return net, packed
 
 
@@ -261,7 +254,7 @@ def plain(found) -> Net:
 
 @torch.no_grad()
 def test_smile_of_one_expert_at_full_rank_is_the_expert():
-    net, _ = smile([vector(0)], 8, 4)
+    net, _ = made_smile([vector(0)], 8, 4)
     x = randn(2, 5, 8, seed=9)
     torch.testing.assert_close(net(x), plain(vector(0))(x), rtol=1e-2, atol=1e-2)
 
@@ -269,7 +262,7 @@ def test_smile_of_one_expert_at_full_rank_is_the_expert():
 @torch.no_grad()
 def test_smile_sends_each_token_to_the_expert_with_the_longest_projection():
     vectors = [vector(seed) for seed in range(3)]
-    net, _ = smile(vectors, 8, 2)
+    net, _ = made_smile(vectors, 8, 2)
     x = randn(3, 4, 8, seed=9)
     answers = [plain(each)(x) for each in vectors]
     tops = [torch.linalg.svd(v["first.weight"]).Vh[:2] for v in vectors]
@@ -285,7 +278,7 @@ def test_smile_sends_each_token_to_the_expert_with_the_longest_projection():
 
 @pytest.mark.parametrize("rank, gate", [(1, 4), (4, 1), (3, 3)])
 def test_smile_stores_v_once_for_gate_and_expert(rank, gate):
-    _, packed = smile([vector(0), vector(1)], rank, gate)
+    _, packed = made_smile([vector(0), vector(1)], rank, gate)
     for each in packed:
         assert data_bytes(each) == 2 * (max(rank, gate) * 8 + rank * 12 + 12)
 
@@ -320,7 +313,7 @@ def test_every_rival_has_its_records_and_a_second_run_makes_none(bench, tmp_path
     monkeypatch.setattr(rivals, "RANKS", (1, 16))
     monkeypatch.setattr(rivals, "GATES", (1, 4))
     monkeypatch.setattr(rivals, "DENSITIES", (0.3,))
-    monkeypatch.setattr(rival_tall, "LAMBDAS", (0.2, 0.5))
+    monkeypatch.setattr(tall, "LAMBDAS", (0.2, 0.5))
     lab = opened(bench, tmp_path)
     said: list[str] = []
     rivals.rivals(lab, said.append)
@@ -331,7 +324,7 @@ def test_every_rival_has_its_records_and_a_second_run_makes_none(bench, tmp_path
         "SMILE",
         "EMR-Merging",
         "T-Switch",
-        *rival_tall.VECTORS,
+        *tall.VECTORS,
     }
     for record in found:
         sizes = record["bytes"]

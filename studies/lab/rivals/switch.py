@@ -20,7 +20,7 @@ from torch import Tensor
 
 from twinmerge.merging.sparse import count_of
 
-from .rival_packed import Packed, Shapes, Vector, flat, from_bits, shaped, to_bits
+from .packed import Packed, Shapes, Vector, flat, from_bits, shaped, to_bits
 
 TITLE = "T-Switch"
 SOURCE = "https://arxiv.org/abs/2412.00054"

@@ -10,8 +10,9 @@ from statistics import fmean
 
 from twinmerge.evaluation.report.page import Cell
 
+from ..records import Record
+from ..twin import MAIN
 from .published import PUBLISHED, Published
-from .records import Record
 from .shown import (
     LEFT_OUT,
     NEEDS,
@@ -35,7 +36,6 @@ from .shown import (
     spread,
     stored,
 )
-from .twin import MAIN
 
 MAIN_RANK = 16
 """Of the rows that stand for Twin-Merging beside its smallest and its largest rank."""

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .rival_packed import Kept, Packed, Shapes, Vector, flat, from_bits, shaped, to_bits
+from .packed import Kept, Packed, Shapes, Vector, flat, from_bits, shaped, to_bits
 
 TITLE = "EMR-Merging"
 SOURCE = "https://arxiv.org/abs/2405.17461"

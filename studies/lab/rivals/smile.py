@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from twinmerge.merging.linalg import SVD
 
-from .rival_packed import Packed, Vector
+from .packed import Packed, Vector
 
 TITLE = "SMILE"
 SOURCE = "https://arxiv.org/abs/2408.10174"

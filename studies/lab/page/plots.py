@@ -17,10 +17,10 @@ from typing import Any
 from twinmerge.artifact.writer import explained
 from twinmerge.plots import check_extra
 
-from .records import Record
+from ..records import Record
+from ..twin import MAIN
 from .shown import NEEDS, PROTOCOLS, ROUTED, Study, Twin, needs, share_of
 from .tables_further import TWIN, all_bytes, main_routing, task_sets
-from .twin import MAIN
 
 # Okabe and Ito's palette, told apart by the colour-blind too; without its yellow, pale on white.
 BLACK, BLUE, ORANGE, GREEN = "#000000", "#0072B2", "#E69F00", "#009E73"

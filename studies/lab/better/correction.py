@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .rival_packed import Vector
+from ..rivals.packed import Vector
 
 
 def corrected(vectors: Vector, lost: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> Vector:

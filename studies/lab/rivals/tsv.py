@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from twinmerge.merging.linalg import SVD
 
-from .rival_packed import Packed, Shapes, Vector
+from .packed import Packed, Shapes, Vector
 
 TITLE = "TSV-Compress"
 SOURCE = "https://arxiv.org/abs/2412.00081"

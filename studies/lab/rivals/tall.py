@@ -25,7 +25,7 @@ from torch import Tensor
 
 from twinmerge.merging.sparse import count_of
 
-from .rival_packed import Kept, Packed, Shapes, Vector, flat, from_bits, shaped, to_bits
+from .packed import Kept, Packed, Shapes, Vector, flat, from_bits, shaped, to_bits
 
 SOURCE = "https://arxiv.org/abs/2405.07813"
 LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6)

@@ -15,8 +15,8 @@ from twinmerge.merging.linalg import SVD, svd
 from twinmerge.runtime.attach import named_tensors
 from twinmerge.runtime.export import DenseMerge
 
-from .lab import Lab, bytes_of
-from .rival_packed import Packed, Shapes, Vector
+from ..lab import Lab, bytes_of
+from .packed import Packed, Shapes, Vector
 
 
 class Sources:

@@ -10,7 +10,7 @@ from torch import Tensor
 from twinmerge.merging.budget import spend
 from twinmerge.merging.journal import Candidate
 
-from .cut_store import Dtype, row_size
+from .store import Dtype, row_size
 
 Ranks = dict[str, int]
 """Matrix -> rank."""

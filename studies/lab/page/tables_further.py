@@ -11,7 +11,8 @@ from typing import Any
 
 from twinmerge.evaluation.report.page import Cell
 
-from .records import Record
+from ..records import Record
+from ..twin import MAIN
 from .shown import (
     LEFT_OUT,
     NOTHING,
@@ -35,7 +36,6 @@ from .shown import (
     stored,
 )
 from .tables_quality import SHARE, SHARE_TIP, TIPS, WITH_ROUTER
-from .twin import MAIN
 
 TWIN = "Twin-Merging"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twinmerge.artifact.codec import Quantised, dequantise, quantise, row_bytes
 
-from .rival_packed import Packed, to_file
+from ..rivals.packed import Packed, to_file
 
 Dtype = Literal["float32", "float16", "int8", "int4"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)

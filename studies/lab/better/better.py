@@ -26,10 +26,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cut_store import Dtype
-from .cut_way import MOST_INPUTS, Cutter, Made, TooLarge, Way
-from .lab import ALL, Lab, Settings
-from .static import Say
+from ..lab import ALL, Lab, Settings
+from ..static import Say
+from .store import Dtype
+from .way import MOST_INPUTS, Cutter, Made, TooLarge, Way
 
 BUDGETS = {0.0035: 0.96, 0.035: 0.995}
 """Share of one float16 base model -> the normalised score that is aimed at."""

@@ -25,17 +25,17 @@ from twinmerge.data import Text, batches, encode
 from twinmerge.merging.linalg import SVD, svd
 from twinmerge.runtime.attach import named_tensors
 
-from . import cut_refit
-from .cut_activation import aware
-from .cut_basis import Basis, cores, joint, product
-from .cut_correction import correctable, corrected
-from .cut_inputs import Moments, moments
-from .cut_ranks import Ranks, across, budgeted, even
-from .cut_store import Dtype, decode, room, row_size
-from .cut_store import encode as packed_rows
-from .lab import STORED, Lab
-from .rival_packed import Packed, Vector, from_file, to_file
-from .rival_sources import Sources
+from ..lab import STORED, Lab
+from ..rivals.packed import Packed, Vector, from_file, to_file
+from ..rivals.sources import Sources
+from . import refit as refits
+from .activation import aware
+from .basis import Basis, cores, joint, product
+from .correction import correctable, corrected
+from .moments import Moments, moments
+from .ranks import Ranks, across, budgeted, even
+from .store import Dtype, decode, room, row_size
+from .store import encode as packed_rows
 
 FACTORS, VECTORS, RANKS, BASES = "factors", "vectors", "ranks", "bases"
 """Names in a file."""
@@ -153,7 +153,7 @@ class Cutter:
         self.sources = Sources(lab, lambda shape: min(shape))
         self._texts: dict[str, list[Text]] = {}
         self._means: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self._fits: tuple[Any, int, dict[str, cut_refit.Fit]] | None = None
+        self._fits: tuple[Any, int, dict[str, refits.Fit]] | None = None
 
     # --------------------------------------------------------------------------------- what is cut
 
@@ -352,13 +352,13 @@ class Cutter:
             found[name] = aware(self.difference(task, name), second, way.ridge)
         return found
 
-    def _refitted(self, ranks: dict[str, Ranks], rounds: int) -> dict[str, cut_refit.Fit]:
+    def _refitted(self, ranks: dict[str, Ranks], rounds: int) -> dict[str, refits.Fit]:
         """With the shared expert as it is stored. Goes on where the last call stopped, if that was
         for the same ranks and fewer rounds."""
         names, vectors = self.lab.names, self.sources.vectors
         if self._fits is None or self._fits[0] != ranks or self._fits[1] > rounds:
             fits = {
-                name: cut_refit.start(
+                name: refits.start(
                     [vectors[task][name] for task in names],
                     [self.triplets[task][name].cut(ranks[task][name]) for task in names],
                 )
@@ -368,10 +368,10 @@ class Cutter:
         _, done, fits = self._fits
         for _ in range(rounds - done):
             for name, fit in fits.items():
-                fits[name] = cut_refit.refit([vectors[task][name] for task in names], fit)
+                fits[name] = refits.refit([vectors[task][name] for task in names], fit)
         self._fits = ranks, rounds, fits
         return {
-            name: cut_refit.settled(
+            name: refits.settled(
                 [vectors[task][name] for task in names], fit, self.stored(name, fit.shared)
             )
             for name, fit in fits.items()

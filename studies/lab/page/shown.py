@@ -13,10 +13,10 @@ from typing import Any
 from twinmerge.evaluation.report import page
 from twinmerge.evaluation.report.page import Cell
 
-from .lab import STORED
-from .records import Record, about, read
-from .static import STATIC
-from .twin import SHARED
+from ..lab import STORED
+from ..records import Record, about, read
+from ..static import STATIC
+from ..twin import SHARED
 
 NOTHING = Cell("–")
 """Where no record says anything."""

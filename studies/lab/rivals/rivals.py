@@ -1,6 +1,6 @@
 """Other methods that compress experts of one base, at their true bytes.
 
-Each is our own implementation from its paper (see its `rival_*` module); none is the authors' code.
+Each is our own implementation from its paper (see its `own` module); none is the authors' code.
 What is stored is built as files, with each expert's head in its file as in an artifact's, and
 scores are those of models made from these files.
 
@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import rival_emr, rival_smile, rival_switch, rival_tall, rival_tsv
-from .lab import Lab, Scores
-from .rival_packed import Kept, Packed, Shapes, Vector, from_file, to_file
-from .rival_sources import Sources
-from .static import Say
+from ..lab import Lab, Scores
+from ..static import Say
+from . import emr, smile, switch, tall, tsv
+from .packed import Kept, Packed, Shapes, Vector, from_file, to_file
+from .sources import Sources
 
 RANKS = (1, 4, 16, 32, 64)
 """Of TSV-Compress beside the paper's own, and of SMILE's experts."""
@@ -47,42 +47,37 @@ class Method:
     unpack: Unpack
 
 
-TSV = Method(
-    rival_tsv.TITLE, rival_tsv.SOURCE, lambda _, own, shapes: rival_tsv.unpack(own, shapes)
-)
-EMR = Method(rival_emr.TITLE, rival_emr.SOURCE, rival_emr.unpack)
-SWITCH = Method(
-    rival_switch.TITLE, rival_switch.SOURCE, lambda _, own, shapes: rival_switch.unpack(own, shapes)
-)
+TSV = Method(tsv.TITLE, tsv.SOURCE, lambda _, own, shapes: tsv.unpack(own, shapes))
+EMR = Method(emr.TITLE, emr.SOURCE, emr.unpack)
+SWITCH = Method(switch.TITLE, switch.SOURCE, lambda _, own, shapes: switch.unpack(own, shapes))
 
 
 def rivals(lab: Lab, say: Say) -> None:
     """One record for each method and size."""
     ranks = [rank for rank in RANKS if rank <= max(lab.settings.ranks)]
     tasks = len(lab.names)
-    sources = Sources(lab, lambda shape: max(*RANKS, *GATES, rival_tsv.count(shape, tasks)))
-    tsv(sources, say, ranks)
-    smile(sources, say, ranks)
-    by_task(sources, say, EMR, {}, lambda: rival_emr.pack(sources.vectors))
-    for title in rival_tall.VECTORS:
-        tall(sources, say, title)
+    sources = Sources(lab, lambda shape: max(*RANKS, *GATES, tsv.count(shape, tasks)))
+    add_tsv(sources, say, ranks)
+    add_smile(sources, say, ranks)
+    by_task(sources, say, EMR, {}, lambda: emr.pack(sources.vectors))
+    for title in tall.VECTORS:
+        add_tall(sources, say, title)
     for density in DENSITIES:
-        switch(sources, say, density)
+        add_switch(sources, say, density)
 
 
-def tsv(sources: Sources, say: Say, ranks: Sequence[int]) -> None:
+def add_tsv(sources: Sources, say: Say, ranks: Sequence[int]) -> None:
     """The paper's share of every matrix's triplets, and the same rank for all."""
     tasks = len(sources.lab.names)
     for rank in (None, *ranks):
 
         def kept(rank: int | None = rank) -> Kept:
             counts = {
-                name: rank or rival_tsv.count(shape, tasks)
-                for name, shape in sources.shapes.items()
+                name: rank or tsv.count(shape, tasks) for name, shape in sources.shapes.items()
             }
             return Kept(
                 {
-                    task: rival_tsv.pack(vector, sources.factors[task], counts)
+                    task: tsv.pack(vector, sources.factors[task], counts)
                     for task, vector in sources.vectors.items()
                 }
             )
@@ -91,23 +86,23 @@ def tsv(sources: Sources, say: Say, ranks: Sequence[int]) -> None:
         by_task(sources, say, TSV, settings, kept)
 
 
-def switch(sources: Sources, say: Say, density: float) -> None:
+def add_switch(sources: Sources, say: Say, density: float) -> None:
     def kept() -> Kept:
         vectors = sources.vectors
-        return Kept({task: rival_switch.pack(vectors[task], density) for task in vectors})
+        return Kept({task: switch.pack(vectors[task], density) for task in vectors})
 
     by_task(sources, say, SWITCH, {"density": density}, kept)
 
 
-def tall(sources: Sources, say: Say, title: str) -> None:
+def add_tall(sources: Sources, say: Say, title: str) -> None:
     """λ of each task: the best of those tried on its validation rows, the least of equal ones."""
-    method = Method(title, rival_tall.SOURCE, rival_tall.unpack)
+    method = Method(title, tall.SOURCE, tall.unpack)
     tried: dict[float, Scores] = {}
-    for value in rival_tall.LAMBDAS:
+    for value in tall.LAMBDAS:
 
         def scored(value: float = value) -> dict[str, Any]:
             lambdas = dict.fromkeys(sources.lab.names, value)
-            files = Files.of(sources, rival_tall.pack(title, sources.vectors, lambdas))
+            files = Files.of(sources, tall.pack(title, sources.vectors, lambdas))
             return scores(sources, method, files, "validation")
 
         record = sources.lab.records.once("rival choice", title, {"lambda": value}, scored)
@@ -119,17 +114,17 @@ def tall(sources: Sources, say: Say, title: str) -> None:
         say,
         method,
         {"lambda": lambdas},
-        lambda: rival_tall.pack(title, sources.vectors, lambdas),
+        lambda: tall.pack(title, sources.vectors, lambdas),
     )
 
 
-def smile(sources: Sources, say: Say, ranks: Sequence[int]) -> None:
+def add_smile(sources: Sources, say: Say, ranks: Sequence[int]) -> None:
     at = min(GATED_AT, max(ranks))
     best: tuple[float, int] | None = None
     for gate in GATES:
         record = sources.lab.records.once(
             "rival choice",
-            rival_smile.TITLE,
+            smile.TITLE,
             {"rank": at, "gate": gate},
             lambda gate=gate: smile_scores(
                 sources, smile_files(sources, at, gate), gate, "validation"
@@ -145,16 +140,16 @@ def smile(sources: Sources, say: Say, ranks: Sequence[int]) -> None:
         def scored(rank: int = rank) -> dict[str, Any]:
             files = smile_files(sources, rank, gate)
             found = smile_scores(sources, files, gate, "test")
-            return about(rival_smile.SOURCE, False, files.sizes(sources)) | found
+            return about(smile.SOURCE, False, files.sizes(sources)) | found
 
         settings = {"rank": rank, "gate": gate}
-        record = sources.lab.records.once("rival", rival_smile.TITLE, settings, scored)
+        record = sources.lab.records.once("rival", smile.TITLE, settings, scored)
         say_record(say, record)
 
 
 def smile_files(sources: Sources, rank: int, gate: int) -> Files:
     packed = {
-        task: rival_smile.pack(vector, sources.factors[task], sources.layers, rank, gate)
+        task: smile.pack(vector, sources.factors[task], sources.layers, rank, gate)
         for task, vector in sources.vectors.items()
     }
     return Files.of(sources, Kept(packed))
@@ -165,7 +160,7 @@ def smile_scores(sources: Sources, files: Files, gate: int, split: str) -> dict[
     found: Scores = {}
     for task in sources.lab.names:
         model = sources.model(task, {})
-        rival_smile.install(model, experts, sources.layers, gate)
+        smile.install(model, experts, sources.layers, gate)
         found[task] = sources.lab.alone(task, model, split)
     return sources.lab.normalised(found, split)
 
