@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import shutil
 import sys
@@ -80,6 +81,23 @@ def test_coefficients_are_searched_until_their_neighbours_are_worse(glue, monkey
     assert found == {"density": 0.65, "lambda": 3.0}
     assert len(asked) == len({tuple(each.values()) for each in asked})
     assert static.chosen(None, "averaging", print) == {}
+
+
+def test_every_step_of_a_search_is_a_recipe(glue, places, tmp_path):
+    static, lab = sys.modules["lab.static"], sys.modules["lab.lab"]
+    experts = {name: places["experts"][0] / name for name in EXPERTS}
+    none = {"settings": lab.Settings(), "records": None, "data": {}, "work": tmp_path}
+    tiny = lab.Lab(list(EXPERTS), experts, base=places["base"], **none)
+    tried = 0
+    for method in static.STATIC.values():
+        ladders = (static.LADDERS[name] for name in method.start)
+        for values in itertools.product(*ladders):
+            parameters = dict(zip(method.start, values, strict=True))
+            if static.possible(method, parameters):
+                tiny.recipe(method.method, parameters | method.fixed)
+                tried += 1
+        assert static.possible(method, method.start)
+    assert tried > 200
 
 
 def test_other_weights_or_rows_are_another_study(glue, places, tmp_path):

@@ -244,6 +244,27 @@ def test_rows_that_no_remaining_expert_is_given_get_the_shared_experts_score(par
         assert lab.scored("law", guesses, "test") == pytest.approx(shared, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_row_is_run_again_only_with_other_weights(parts, lab):
+    open_ = parts["lab"].opened
+    model = open_(lab.built(lab.recipe(stored="float16", rank=2)))
+    names, rows = model.experts, len(lab.prepared("test")["law"].truth)
+    weights = torch.rand(rows, len(names), generator=torch.Generator().manual_seed(0))
+    first = lab.weighted(model, "law", weights, "test")
+    run, asked = model.forward, []
+    model.forward = lambda **inputs: asked.append(len(inputs["weights"])) or run(**inputs)
+    assert lab.weighted(model, "law", weights, "test") == first and not asked
+    changed = weights.clone()
+    changed[:2] = 0
+    second = lab.weighted(model, "law", changed, "test")
+    assert sum(asked) == 2 and second[2:] == first[2:]
+    lab._answers.clear()
+    again = lab.weighted(model, "law", changed, "test")
+    assert again == pytest.approx(second, abs=1e-5) and sum(asked) == 2 + rows
+    other = open_(lab.built(lab.recipe(stored="float16", rank=1)))
+    assert lab.weighted(other, "law", changed, "test") != again
+
+
 def test_weights_are_spread_by_name(parts):
     weights = torch.tensor([[0.1, 0.9], [0.5, 0.2]])
     wide = parts["unseen"].spread(weights, ["c", "a"], ["a", "b", "c"])

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from twinmerge.artifact.format import MANIFEST
 from twinmerge.artifact.reader import Artifact
-from twinmerge.data import Text, batches, read_tasks, text_of
+from twinmerge.data import Encoded, Text, batches, read_tasks, text_of
 from twinmerge.errors import InputError
 from twinmerge.evaluation.metrics import metric
 from twinmerge.evaluation.reference import expert_model, score_plain
@@ -36,6 +36,7 @@ from twinmerge.runtime.load import load, load_router
 from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.router.fit import fit_router, store_router
 from twinmerge.runtime.router.router import Routed
+from twinmerge.runtime.router.store import of_router
 
 from .records import Records
 
@@ -85,6 +86,7 @@ class Lab:
     settings: Settings
     records: Records
     _prepared: dict[str, dict[str, Prepared]] = field(default_factory=dict)
+    _answers: dict[str, dict[tuple[int, bytes], float]] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------ what to merge
 
@@ -328,17 +330,24 @@ class Lab:
     ) -> list[float]:
         """Answers to one task's rows with a weighting for each row, under its own head.
 
+        A row that has been answered with the same weights is not run again: routers of other seeds
+        agree on most. Who else is in a batch changes no answer (design, invariant 2).
+
         weights: (row, expert)
         """
         task, head = self.prepared(split)[name], head or name
-        found = [0.0] * len(task.encoded)
-        for rows, batch in batches(model.tokenizer, task.encoded, 32):
+        files = {n: f.model_dump() for n, f in model.manifest.files.items() if not of_router(n)}
+        known = self._answers.setdefault(_key(files, name, split, head), {})
+        keys = [(row, each.numpy().tobytes()) for row, each in enumerate(weights.cpu())]
+        asked = [row for row, key in enumerate(keys) if key not in known]
+        rows_left = [task.encoded.rows[row] for row in asked]
+        left = Encoded(rows_left, [task.encoded.cut[row] for row in asked])
+        for places, batch in batches(model.tokenizer, left, 32):
+            rows = [asked[place] for place in places]
             output = model(**batch, weights=weights[rows], head=head)
-            for row, guess in zip(
-                rows, guesses_of(output.logits, self.plain.labels[name]), strict=True
-            ):
-                found[row] = guess
-        return found
+            guesses = guesses_of(output.logits, self.plain.labels[name])
+            known |= {keys[row]: guess for row, guess in zip(rows, guesses, strict=True)}
+        return [known[key] for key in keys]
 
     def protocols(
         self, model: TwinModel, routes: Mapping[str, Routed], split: str

@@ -58,7 +58,7 @@ def chosen(lab: Lab, name: str, say: Say) -> Parameters:
     at = dict(static.start)
     tried: dict[tuple[float, ...], float] = {}
     while static.start:
-        for parameters in (at, *neighbours(at)):
+        for parameters in (at, *(near for near in neighbours(at) if possible(static, near))):
             key = tuple(parameters.values())
             if key not in tried:
                 tried[key] = score(lab, name, parameters, say)
@@ -81,6 +81,14 @@ def neighbours(at: Mapping[str, float]) -> list[dict[str, float]]:
             if 0 <= other < len(ladder)
         ]
     return found
+
+
+def possible(static: Static, parameters: Mapping[str, float]) -> bool:
+    """DELLA keeps entries with probabilities from density - epsilon to density + epsilon."""
+    if "epsilon" not in static.fixed:
+        return True
+    epsilon, density = static.fixed["epsilon"], parameters["density"]
+    return 0 < density - epsilon and density + epsilon < 1
 
 
 def score(lab: Lab, name: str, parameters: Mapping[str, float], say: Say) -> float:
