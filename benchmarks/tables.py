@@ -16,10 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import tables_study
 from tables_router import router_tables
-
-from twinmerge.artifact.format import layers_said
-from twinmerge.evaluation.study import STATIC, TWIN
+from tables_study import Study
 
 ROOT = Path(__file__).parent.parent
 LORA = ROOT / "examples" / "glue-lora"
@@ -43,79 +42,21 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def study() -> Study | None:
+    folder = ROOT / "results" / "glue-minilm"
+    return Study(folder) if folder.is_dir() else None
+
+
 def quality() -> str | None:
     """Normalised scores of all methods under the three protocols."""
-    data = read("glue-minilm")
-    if data is None:
-        return None
-    settings, noisy = data["settings"], ", ".join(data["settings"]["noisy"])
-    lines = [
-        "| | routed | known head | oracle | oracle without "
-        f"{noisy} | extra bytes, % of base | build, s | time of a routed row, × plain |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| the eight experts themselves | | | 100.0 | 100.0 | 700.0 | | 1.00 |",
-    ]
-    order = [name for name in (*STATIC, *TWIN) if name in data["rows"]]
-    for name in order:
-        row = data["rows"][name]
-        by = row["protocols"]
-        size = row["bytes"]
-        extra = (size["experts"] + size["router"]) / size["base"]
-        routed = by["routed"]
-        seconds = row["seconds_per_1000_rows"]
-        slower = seconds["routed"] / seconds["plain"]
-        lines.append(
-            f"| {name} | {percent(routed['normalised'])} | "
-            f"{percent(by['known-head']['normalised'])} | {percent(by['oracle']['normalised'])} | "
-            f"{percent(by['oracle']['normalised_without_noisy'])} | {percent(extra)} | "
-            f"{row['build_seconds']:.1f} | {slower:.2f} |"
-        )
-    rows = sum(expert["test"]["rows"] for expert in data["experts"].values())
-    accuracy = {
-        name: row["protocols"]["routed"]["routing_accuracy"] for name, row in data["rows"].items()
-    }
-    reads = {name: layers_said(_layers(row)) for name, row in data["rows"].items()}
-    main = "Twin-Merging, rank 16"
-    plain = data["rows"][main]["seconds_per_1000_rows"]["plain"]
-    lines += [
-        "",
-        f"Normalised score (mean over eight tasks of score / the expert's own score, in %), "
-        f"{rows:,} test rows, {settings['title']}. Routing accuracy of the averaged shared expert "
-        f"{percent(accuracy[main])} % (reads {reads[main]}). A plain model takes {plain:.1f} s per "
-        f"1,000 rows. Seeds 0. {made_with(data['provenance'])}. "
-        "From [`results/glue-minilm.json`](results/glue-minilm.json).",
-    ]
-    return "\n".join(lines)
-
-
-def _layers(row: dict[str, Any]) -> tuple[int, ...]:
-    """What the row's router reads; rows of before it could read several name one."""
-    return tuple(row["router"].get("layers") or [row["router"]["layer"]])
+    data = study()
+    return None if data is None else tables_study.quality(data, made_with)
 
 
 def per_task() -> str | None:
     """Scores by task: experts, averaging, and Twin-Merging at rank 16."""
-    data = read("glue-minilm")
-    if data is None:
-        return None
-    tasks = data["settings"]["experts"]
-    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
-    experts = [f"{100 * data['experts'][task]['test']['score']:.1f}" for task in tasks]
-    lines.append("| experts | " + " | ".join(experts) + " |")
-    for name, protocol in (
-        ("averaging", "oracle"),
-        ("Twin-Merging, rank 16", "oracle"),
-        ("Twin-Merging, rank 16", "known-head"),
-        ("Twin-Merging, rank 16", "routed"),
-    ):
-        found = data["rows"][name]["protocols"][protocol]["tasks"]
-        cells = [f"{100 * found[task]['score']:.1f}" for task in tasks]
-        shown = "true head" if name == "averaging" else protocol
-        lines.append(f"| {name}, {shown} | " + " | ".join(cells) + " |")
-    right = data["rows"]["Twin-Merging, rank 16"]["protocols"]["routed"]["tasks"]
-    cells = [f"{100 * right[task]['routing_accuracy']:.1f}" for task in tasks]
-    lines.append("| rows routed to their own expert, % | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    data = study()
+    return None if data is None else tables_study.per_task(data)
 
 
 def speed() -> str | None:

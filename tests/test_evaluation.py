@@ -1,4 +1,4 @@
-"""Scores that mean what they are called: metrics, protocols, the experts themselves, the study."""
+"""Scores that mean what they are called: metrics, protocols and the experts themselves."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
-from texts import EXPERTS, SIZES, save_tokenizer, write_rows
+from texts import EXPERTS, SIZES, save_tokenizer
 from tiny import BERT, Family, adapter, inherit, made, merge, merged_folder, opened, perturb, save
 
 from twinmerge.data import encode, pad, read_rows, read_tasks, text_of
 from twinmerge.errors import CheckpointError, InputError, RecipeError
-from twinmerge.evaluation import study as studying
 from twinmerge.evaluation.metrics import METRICS, metric
 from twinmerge.evaluation.provenance import provenance
 from twinmerge.evaluation.reference import expert_model, score_plain
@@ -400,131 +399,6 @@ def test_a_plain_model_is_scored_on_its_rows_in_any_batch_size(bench):
     scores = [score_plain(model, plain, "code", task, batch_size=size) for size in (1, 5, 99)]
     assert {score.score for score in scores} == {10 / 12}
     assert scores[0].routing_accuracy is None and scores[0].rows == 12
-
-
-# -------------------------------------------------------------------------------------- the study
-
-
-@pytest.fixture
-def study(bench, tmp_path, monkeypatch):
-    """Two experts, a tiny grid, and a call that runs the study and returns its results."""
-    experts = tmp_path / "experts"
-    for name in ("math", "code"):
-        shutil.copytree(bench.made.experts[name], experts / name)
-    monkeypatch.setattr(studying, "GRIDS", {"task_arithmetic": {"weight": [0.2, 0.4]}})
-    statics = {"pretrained": "task_arithmetic", "task arithmetic": "task_arithmetic"}
-    statics["averaging"] = "linear"
-    monkeypatch.setattr(studying, "STATIC", statics)
-    monkeypatch.setattr(studying, "TWIN", {"Twin-Merging, rank 2": ("linear", 2)})
-    quick = dict(epochs=3, hidden=8, learning_rate=0.01)
-    monkeypatch.setattr(studying, "Router", lambda **options: _router(**quick | options))
-    out = tmp_path / "out" / "results.json"
-    out.parent.mkdir()
-    (tmp_path / "work").mkdir()
-
-    def run(data=bench.data, **more):
-        options = dict(choose_rows=6, test_rows=8, router_rows=20, max_tokens=24, title="tiny")
-        studying.main(
-            experts,
-            data,
-            out,
-            base=bench.made.base,
-            work=tmp_path / "work",
-            **options | more,
-        )
-        return json.loads(out.read_text())
-
-    run.out, run.folder = out, tmp_path
-    return run
-
-
-def _router(**options):
-    from twinmerge.recipe import Router
-
-    return Router(**options)
-
-
-def test_a_study_writes_one_row_a_method_and_names_no_folder_of_the_machine(study):
-    results = study()
-    text = study.out.read_text()
-    assert str(study.folder) not in text and "/tmp" not in text
-    assert results["settings"]["experts"] == ["code", "math"]
-    assert set(results["rows"]) == {*studying.STATIC, *studying.TWIN}
-    tried = results["chosen"]["task_arithmetic"]["tried"]
-    assert [trial["parameters"] for trial in tried] == [{"weight": 0.2}, {"weight": 0.4}]
-    best = max(tried, key=lambda trial: trial["normalised"])
-    assert results["chosen"]["task_arithmetic"]["parameters"] == best["parameters"]
-    for name, row in results["rows"].items():
-        assert set(row["protocols"]) == {"routed", "known-head", "oracle"}
-        for protocol in row["protocols"].values():
-            ratios = [
-                task["score"] / results["experts"][expert]["test"]["score"]
-                for expert, task in protocol["tasks"].items()
-            ]
-            assert protocol["normalised"] == pytest.approx(sum(ratios) / 2)
-            assert all(task["rows"] == 8 for task in protocol["tasks"].values())
-        assert row["bytes"]["folder"] > row["bytes"]["base"] > 0
-        assert row["router"]["held_out_rows"] == 32 and row["rank"] in ("none", 2)
-        if name == "averaging":
-            assert row["protocols"]["known-head"] == row["protocols"]["oracle"]
-
-
-def test_a_pretrained_row_scores_the_base_with_the_experts_heads(study, bench):
-    weighted = []
-    choose = studying.evaluate
-    studying.evaluate = lambda model, *rest, **more: (
-        weighted.append(model) or choose(model, *rest, **more)
-    )
-    try:
-        results = study()
-    finally:
-        studying.evaluate = choose
-    assert results["rows"]["pretrained"]["parameters"] == {"weight": 0.0}
-    base = opened(bench.family.base, bench.made.base).state_dict()
-    pretrained = weighted[0]  # the first row needs no coefficients
-    for name, value in base.items():
-        assert torch.equal(pretrained.model.state_dict()[f"bert.{name}"], value), name
-
-
-def test_a_second_run_adds_nothing_and_an_interrupted_one_goes_on(study, monkeypatch):
-    class Cut(Exception):
-        pass
-
-    row = studying.Study.row
-
-    def cut(self, name, *rest):
-        if name == "averaging":
-            raise Cut
-        return row(self, name, *rest)
-
-    with monkeypatch.context() as patched, pytest.raises(Cut):
-        patched.setattr(studying.Study, "row", cut)
-        study()
-    begun = json.loads(study.out.read_text())
-    assert set(begun["rows"]) == {"pretrained", "task arithmetic"}
-    results = study()
-    assert all(results[key] == begun[key] for key in ("experts", "chosen", "provenance"))
-    assert all(results["rows"][name] == row for name, row in begun["rows"].items())
-    assert len(results["rows"]) == 4
-    before = study.out.read_bytes()
-    monkeypatch.setattr(studying, "build", None)  # nothing is left to build
-    study()
-    assert study.out.read_bytes() == before
-
-
-def test_results_of_other_settings_are_not_mixed_in(study):
-    study.out.write_text(json.dumps({"settings": {"title": "tiny", "max_tokens": 24}}))
-    with pytest.raises(InputError, match="holds results of other settings"):
-        study(max_tokens=12)
-
-
-def test_an_expert_that_scores_nothing_on_its_own_rows_stops_the_study(study, bench):
-    data = shutil.copytree(bench.data, study.folder / "data")
-    rows = read_rows(data / "math" / "test.jsonl")
-    wrong = [row | {"label": 1 - row["label"]} for place, row in enumerate(rows) if place % 5 != 4]
-    write_rows(data / "math" / "test.jsonl", wrong)
-    with pytest.raises(InputError, match="expert 'math' scores 0.000 on its own test rows"):
-        study(data=data)
 
 
 def test_figures_come_with_commit_versions_and_hardware():

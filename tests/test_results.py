@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RESULTS = sorted((ROOT / "results").glob("*.json"))
+RESULTS = sorted((ROOT / "results").glob("**/*.json"))
+RECORDS = sorted((ROOT / "results").glob("*/records.jsonl"))
 
 
 def test_the_readme_shows_what_the_result_files_say():
@@ -32,16 +34,37 @@ def test_every_table_of_the_readme_has_its_results():
         assert table is not None and "|" in table[1], name
 
 
+def test_the_readme_gives_mean_and_spread_of_the_studys_records():
+    """Made again from the records, not with the script's own functions."""
+    lines = (ROOT / "results" / "glue-minilm" / "records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    own = {r["name"]: r["test"]["score"] for r in records if r["part"] == "experts"}
+    wanted = {"exclusive": {"rank": 16}, "method": "linear", "parameters": {}}
+    mine = [
+        r
+        for r in records
+        if r["part"].startswith("twin ") and wanted.items() <= r["settings"].items()
+    ]
+
+    def cell(protocol):
+        found = [r[protocol] for r in mine if protocol in r]
+        found += [r for r in mine if r.get("protocol") == protocol]
+        scores = [100 * fmean(each["scores"][t] / own[t] for t in own) for each in found]
+        return f"{fmean(scores):.1f}" + (f" ± {stdev(scores):.1f}" if len(scores) > 1 else "")
+
+    line = " | ".join(["| Twin-Merging, rank 16", *map(cell, ("routed", "known-head", "oracle"))])
+    assert line in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_a_result_says_where_it_comes_from(path):
-    data = json.loads(path.read_text(encoding="utf-8"))
-    made = data["provenance"]
+    made = json.loads(path.read_text(encoding="utf-8"))["provenance"]
     assert re.fullmatch(r"[0-9a-f]{12}\+?", made["commit"])
     assert {"twinmerge", "torch", "transformers"} <= set(made["versions"])
     assert {"processor", "cores", "threads"} <= set(made["hardware"])
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*RESULTS, *RECORDS], ids=lambda path: path.name)
 def test_a_result_names_no_folder_of_the_machine_that_made_it(path):
     assert not re.search(r'"[^"]*/(tmp|home|root|work|Users)/', path.read_text(encoding="utf-8"))
 

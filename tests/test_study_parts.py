@@ -245,6 +245,16 @@ def test_rows_that_no_remaining_expert_is_given_get_the_shared_experts_score(par
 
 
 @pytest.mark.slow
+def test_an_expert_that_scores_nothing_on_its_own_rows_stops_the_study(make, rows, tmp_path):
+    data = shutil.copytree(rows, tmp_path / "data")
+    for path in (data / "math").iterdir():
+        known = [row for i, row in enumerate(read_rows(path)) if i % 5 != 4]
+        write_rows(path, [row | {"label": 1 - row["label"]} for row in known])
+    with pytest.raises(Exception, match="expert 'math' scores 0.000 on its own validation rows"):
+        make(data=data).own  # noqa: B018
+
+
+@pytest.mark.slow
 def test_a_row_is_run_again_only_with_other_weights(parts, lab):
     open_ = parts["lab"].opened
     model = open_(lab.built(lab.recipe(stored="float16", rank=2)))
