@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from tables import grouped_table
 
-from twinmerge.data import read_tasks, text_of
+from twinmerge.data import drawn, read_tasks, text_of
 from twinmerge.errors import InputError
 from twinmerge.evaluation.grouped import compare_grouped
 from twinmerge.evaluation.provenance import provenance
@@ -98,7 +98,9 @@ def main(
         model = load(target)
         found, _ = read_tasks(data, names, split)
         tasks = prepare(
-            model, {name: table[:rows] for name, table in found.items()}, max_tokens=max_tokens
+            model,
+            {name: drawn(table, rows) for name, table in found.items()},
+            max_tokens=max_tokens,
         )
         reference, seconds = {}, 0.0
         for name, task in tasks.items():

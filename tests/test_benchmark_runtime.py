@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from tiny import EXPERTS
 
 from twinmerge.errors import TwinMergeError
+from twinmerge.runtime.export import DenseMerge
 from twinmerge.runtime.load import load
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -35,6 +38,11 @@ def runtime():
 @pytest.fixture(scope="module")
 def subjects(runtime):
     return importlib.import_module("subjects")
+
+
+@pytest.fixture(scope="module")
+def cells(runtime):
+    return importlib.import_module("runtime_cells")
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +90,13 @@ def test_every_cell_has_times_bounds_and_small_differences(everything):
         assert 1 < bound["top-1"] < bound["soft"]
 
 
-def test_the_bound_counts_the_products_of_all_factors(runtime, bench, subjects):
+def test_the_bound_counts_the_products_of_all_factors(bench, subjects):
     """By hand: rank 4 of 3 experts, 2 blocks of width 16, 6 tokens."""
     twin = load(bench.plain)
-    plain = runtime.DenseMerge(twin).at(torch.zeros(3), head="math")
+    plain = DenseMerge(twin).at(torch.zeros(3), head="math")
     rows, tokens, rank, width, inner = 2, 6, 4, 16, 24
-    found = runtime.bounds(plain, subjects.random_batch(40, rows, tokens), twin.manifest)
+    bounds = importlib.import_module("timing").bounds
+    found = bounds(plain, subjects.random_batch(40, rows, tokens), twin.manifest)
     matrices = 2 * [(width, width)] * 4 + 2 * [(width, inner), (inner, width)]
     linear = sum(in_ * out for in_, out in matrices)
     attention = 2 * 2 * tokens * width  # scores and values, both blocks
@@ -165,9 +174,10 @@ def test_each_picture_is_drawn_as_png_and_svg(everything):
     assert {path.name for path in folder.iterdir()} == {"runtime.json"} | pictures
 
 
-def test_a_run_goes_on_only_where_the_same_commit_left_off(runtime, run, tmp_path, monkeypatch):
-    made = runtime.provenance()
-    monkeypatch.setattr(runtime, "provenance", lambda: made)
+def test_a_run_goes_on_only_where_the_same_commit_left_off(run, tmp_path, monkeypatch):
+    results = importlib.import_module("runtime_results")
+    made = results.provenance()
+    monkeypatch.setattr(results, "provenance", lambda: made)
     made["commit"] = "a" * 12
     out, one, two = tmp_path / "r.json", "experts=2", "experts=3"
     first = run(out, "grid", cells=[one])["grid"]["rows"]
@@ -195,23 +205,23 @@ def test_a_copied_expert_is_an_expert_like_its_origin(bench, subjects, tmp_path)
     torch.testing.assert_close(few(**batch, task=names).logits, want)
 
 
-def test_full_means_144_cells_and_the_default_runs_through_the_headline(runtime):
-    headline = runtime.Cell()
-    assert len(runtime.chosen_cells([], headline, full=True, quick=False)) == 144
-    default = runtime.chosen_cells([], headline, full=False, quick=False)
+def test_full_means_144_cells_and_the_default_runs_through_the_headline(cells):
+    headline = cells.Cell()
+    assert len(cells.chosen_cells([], headline, full=True, quick=False)) == 144
+    default = cells.chosen_cells([], headline, full=False, quick=False)
     assert len(default) == len(set(default)) == 19 and headline in default
-    for axis, values in runtime.AXES.items():
+    for axis, values in cells.AXES.items():
         for value in values:
-            assert runtime.replace(headline, **{axis: value}) in default
+            assert replace(headline, **{axis: value}) in default
 
 
 @pytest.mark.parametrize("text", ["expert=2", "experts", "experts=2,", "experts=two"])
-def test_a_wrong_cell_is_refused_by_its_word(runtime, text):
-    with pytest.raises(runtime.typer.BadParameter, match=f"'{text}': expected axis=number"):
-        list(runtime.Cell.product(text, runtime.Cell()))
+def test_a_wrong_cell_is_refused_by_its_word(cells, text):
+    with pytest.raises(typer.BadParameter, match=f"'{text}': expected axis=number"):
+        list(cells.Cell.product(text, cells.Cell()))
 
 
-def test_pictures_need_matplotlib(runtime, everything, monkeypatch, tmp_path):
+def test_pictures_need_matplotlib(everything, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(TwinMergeError, match=r"pip install 'twinmerge\[plot\]'"):
-        runtime.plots_runtime.write(everything[0], tmp_path / "r.json")
+        importlib.import_module("plots_runtime").write(everything[0], tmp_path / "r.json")

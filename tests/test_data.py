@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from twinmerge.data import (
     COLUMNS,
     batches,
+    drawn,
     encode,
     known_positions,
     pad,
@@ -311,3 +312,11 @@ def test_robertas_positions_start_after_the_padding_index_and_all_below_the_limi
     assert model(input_ids=torch.full((1, limit), 5)).last_hidden_state.shape[1] == limit
     with pytest.raises((IndexError, RuntimeError)):  # the next length is one too many
         model(input_ids=torch.full((1, limit + 1), 5))
+
+
+def test_some_rows_are_drawn_not_the_first_and_stay_in_order():
+    rows = list(range(100))
+    some = drawn(rows, 10)
+    assert len(some) == 10 == len(set(some)) and some == sorted(some) and some[-1] > 50
+    assert drawn(rows, 10) == some
+    assert drawn(rows, None) == drawn(rows, 100) == drawn(rows, 1000) == rows

@@ -25,11 +25,12 @@ from twinmerge.data import encode, pad
 from twinmerge.errors import InputError, OutputError, RouterError
 from twinmerge.recipe import Router as Settings
 from twinmerge.runtime.load import load, load_router
-from twinmerge.runtime.router import choosing, fit, store
+from twinmerge.runtime.router import choosing, store
 from twinmerge.runtime.router.choosing import Fitted, choose
 from twinmerge.runtime.router.features import keys
-from twinmerge.runtime.router.fit import FOLDS, fit_router
+from twinmerge.runtime.router.fit import fit_router
 from twinmerge.runtime.router.mlp import RouterMLP
+from twinmerge.runtime.router.rows import FOLDS
 from twinmerge.runtime.router.splitting import Parts, alike, divide
 
 QUICK = Settings(
@@ -265,7 +266,7 @@ def test_few_rows_are_all_held_out_by_turns_unless_nothing_is_trained_again(
 
 
 def test_with_many_rows_those_held_out_are_enough(artifact, bench, monkeypatch):
-    monkeypatch.setattr(fit, "CROSSED", 12)
+    monkeypatch.setattr("twinmerge.runtime.router.rows.CROSSED", 12)
     fitted = fit_router(artifact, bench.texts(20), changed(QUICK, kind="prototype"))
     assert fitted.refitted and fitted.held_out_rows == 12 and sum(fitted.rows.values()) == 48
 

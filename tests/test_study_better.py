@@ -16,11 +16,13 @@ from lab.better import better
 from lab.better.activation import aware
 from lab.better.basis import cores, joint, product
 from lab.better.correction import correctable, corrected
+from lab.better.cutter import Cutter, TooLarge
+from lab.better.files import balanced
 from lab.better.moments import moments
 from lab.better.ranks import budgeted, cost, even, stored
 from lab.better.refit import refit, settled, start
 from lab.better.store import DTYPES, decode, encode, room, row_size
-from lab.better.way import Cutter, TooLarge, Way, balanced
+from lab.better.way import Way
 from lab.lab import Lab, Settings
 from lab.records import Records
 from lab.rivals.packed import from_file, to_file

@@ -31,7 +31,7 @@ STATIC = {"pretrained": 0.45, "averaging": 0.6, "task arithmetic": 0.7, "TIES": 
 
 @pytest.fixture(scope="module")
 def lab():
-    names = ("page", "plots", "published", "shown", "tables")
+    names = ("page", "plots", "plots_lines", "published", "shown", "tables")
     return SimpleNamespace(**{n: importlib.import_module(f"lab.page.{n}") for n in names})
 
 
@@ -574,14 +574,14 @@ def test_bytes_beside_rivals_have_the_router_where_one_is_needed(whole, lab):
     for protocol in ("known-head", "routed"):
         assert shown[protocol] == pytest.approx(with_router(share), rel=5e-3)
     drawn = {}
-    lines_of = lab.plots._lines
+    lines_of = lab.plots_lines.draw_lines
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            lab.plots, "_lines",
+            lab.plots_lines, "draw_lines",
             lambda axes, lines, *more: (drawn.update({x.label: x for x in lines}),
                                         lines_of(axes, lines, *more)),
         )  # fmt: skip
-        lab.plots.score_by_bytes(lab.shown.Study.of_folder(whole.folder))
+        lab.plots_lines.score_by_bytes(lab.shown.Study.of_folder(whole.folder))
     for protocol, want in (("oracle", lambda s: 100 * s), ("routed", with_router)):
         places = [x for x, _ in drawn[f"Twin-Merging, {protocol}"].points]
         assert places == pytest.approx([want(0.0012 * rank) for rank in RANKS])

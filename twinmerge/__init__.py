@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
     from .runtime.load import load as load
-    from .runtime.model import Answer as Answer
     from .runtime.model import TwinModel as TwinModel
-    from .runtime.model import TwinOutput as TwinOutput
+    from .runtime.output import Answer as Answer
+    from .runtime.output import TwinOutput as TwinOutput
     from .runtime.router.fit import fit_router as fit_router
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Answer": "runtime.model",
+    "Answer": "runtime.output",
     "Artifact": "artifact.reader",
     "Manifest": "artifact.format",
     "Recipe": "recipe",
     "TwinMergeError": "errors",
     "TwinModel": "runtime.model",
-    "TwinOutput": "runtime.model",
+    "TwinOutput": "runtime.output",
     "build": "merging.build",
     "evaluate": "evaluation.score",
     "fit_router": "runtime.router.fit",

@@ -348,6 +348,16 @@ def sample(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(list(rows), min(count, len(rows)))
 
 
+def drawn(rows: Sequence[Any], most: int | None) -> list[Any]:
+    """At most so many rows, drawn with the seed 0, in their order; all for None.
+
+    The first would not do: files are often sorted, STS-B's by source.
+    """
+    if most is None or most >= len(rows):
+        return list(rows)
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
+
+
 def known_positions(model: Any) -> int:
     """How many positions a model has (a very large number where its config names no limit)."""
     config = getattr(model, "config", None)

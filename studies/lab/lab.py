@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 
 from twinmerge.artifact.format import MANIFEST
 from twinmerge.artifact.reader import Artifact
-from twinmerge.data import Encoded, Text, batches, read_tasks, text_of
+from twinmerge.data import Encoded, Text, batches, drawn, read_tasks, text_of
 from twinmerge.errors import InputError
 from twinmerge.evaluation.metrics import metric
 from twinmerge.evaluation.reference import expert_model, score_plain
@@ -165,7 +164,7 @@ class Lab:
                 "validation": ("validation", self.settings.choose_rows),
                 ALL: ("validation", self.settings.better_rows),
             }[split]
-            rows = {name: some(self._rows(name, file), limit) for name in self.names}
+            rows = {name: drawn(self._rows(name, file), limit) for name in self.names}
             self._prepared[split] = prepare(self.plain, rows, max_tokens=self.settings.max_tokens)
         return self._prepared[split]
 
@@ -377,14 +376,6 @@ class Lab:
 def opened(artifact: Artifact) -> TwinModel:
     """The model of an artifact, computing in float32 whatever it is stored in."""
     return load(artifact.folder, check=False, dtype="float32")
-
-
-def some(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    """At most so many, drawn with a seed, in their order. The first would not do: files are sorted
-    (STS-B's by source, and its first rows are the easiest to route)."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(Random(0).sample(range(len(rows)), limit))]
 
 
 def _key(*parts: Any) -> str:

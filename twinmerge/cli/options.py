@@ -46,7 +46,7 @@ RecipeFile = Annotated[Path, typer.Argument(help="YAML: base_model, models, merg
 Data = Annotated[
     Path, typer.Argument(help="Folder with EXPERT/SPLIT.jsonl (text columns and `label`).")
 ]
-FirstRows = Annotated[int | None, typer.Option(help="First rows of every task only.", min=1)]
+MostRows = Annotated[int | None, typer.Option(help="Rows of every task, drawn with a seed.", min=1)]
 BatchSize = Annotated[int, typer.Option(help="Rows per forward.", min=1)]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, ...")]
 Dtype = Annotated[str, typer.Option(help="`float32`, `bfloat16`, `float16`; `auto`: as stored.")]

@@ -14,9 +14,9 @@ from .options import (
     BatchSize,
     Columns,
     Data,
-    FirstRows,
     Json,
     MaxTokens,
+    MostRows,
     Out,
     Quiet,
     Split,
@@ -48,7 +48,7 @@ def evaluate(
     base: Annotated[
         str | None, typer.Option(help="With --experts: where the base is, if not as in RECIPE.")
     ] = None,
-    rows: FirstRows = None,
+    rows: MostRows = None,
     columns: Columns = None,
     top_k: TopK = None,
     threshold: Threshold = None,
@@ -64,7 +64,7 @@ def evaluate(
     alone, with the true task's head. `--top-k` and `--threshold` count where the router decides, in
     *routed* and *known-head*: compare the scores with and without before using them.
     """
-    from ..data import read_tasks, task_files
+    from ..data import drawn, read_tasks, task_files
     from ..evaluation.reference import expert_model, score_plain
     from ..evaluation.score import PROTOCOLS, Protocol, evaluate, prepare
     from ..recipe import load_recipe
@@ -86,8 +86,7 @@ def evaluate(
             f"{whole[0]}/train.jsonl and {whole[0]}/{split}.jsonl",
             err=True,
         )
-    if rows is not None:
-        found = {name: table[:rows] for name, table in found.items()}
+    found = {name: drawn(table, rows) for name, table in found.items()}
     prepared = prepare(model, found, max_tokens=max_tokens, columns=listed(columns))
     for name, task in prepared.items():
         if task.encoded.truncated:
@@ -145,7 +144,7 @@ def report(
     base: Annotated[
         str | None, typer.Option(help="Score this base too, under each expert's head.")
     ] = None,
-    rows: FirstRows = None,
+    rows: MostRows = None,
     columns: Columns = None,
     batch_size: BatchSize = 32,
     max_tokens: MaxTokens = None,
@@ -157,7 +156,7 @@ def report(
     Scores under all protocols, what is confused with what, mean weights by task, calibration,
     accuracy against coverage, bytes and spectra, and what is wrong, with what to do about it.
     """
-    from ..data import read_rows, read_tasks, task_files
+    from ..data import drawn, read_rows, read_tasks, task_files
     from ..evaluation.report import gather
     from ..evaluation.report.page import write
     from ..evaluation.report.show import report_text
@@ -182,8 +181,8 @@ def report(
     with stages(quiet) as progress:
         measured = gather(
             model,
-            {name: table[:rows] for name, table in found.items()},
-            unseen={name: table[:rows] for name, table in others.items()},
+            {name: drawn(table, rows) for name, table in found.items()},
+            unseen={name: drawn(table, rows) for name, table in others.items()},
             recipe=None if experts is None else load_recipe(experts).resolved(experts.parent),
             base=base,
             data=str(data),

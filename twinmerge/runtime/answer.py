@@ -7,7 +7,8 @@ from typing import Any
 
 from ..data import Chat, Text, encode, known_positions, pad, token_limit
 from ..errors import InputError
-from .model import Decided, TwinModel, TwinOutput
+from .model import TwinModel
+from .output import Decided, TwinOutput
 
 KEYS = (
     *("expert", "weight", "answer", "score", "weights", "confidence", "new", "dropped"),

@@ -22,8 +22,9 @@ from ..errors import InputError, RouterError
 from .answer import encodes, prompt_room
 from .arguments import Allowed, Given
 from .base import load_base
-from .model import Decided, TwinModel, TwinOutput
+from .model import TwinModel
 from .nearest import Nearest, Progress, nearest
+from .output import Decided, TwinOutput
 from .router.router import Routed
 
 Way = Literal["routed", "forced", "expert", "shared", "base"]

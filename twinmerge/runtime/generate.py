@@ -30,6 +30,7 @@ from .caches import (
     rows_alone,
     tag,
 )
+from .forward import on_the_way
 from .per_row import NotRowWise
 from .plan import groups
 from .router.features import Features
@@ -233,7 +234,7 @@ def _on_the_way(twin: TwinModel, options: dict[str, Any]) -> bool:
         return False
     if any(options.get(key) is not None for key in ("assistant_model", "encoder_outputs")):
         return False
-    return _option(twin, options, "prefill_chunk_size") is None and twin._on_the_way({})
+    return _option(twin, options, "prefill_chunk_size") is None and on_the_way(twin, {})
 
 
 def _routing(

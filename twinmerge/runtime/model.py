@@ -3,114 +3,46 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
-from ..artifact.format import ExpertRecord, Manifest
-from ..errors import InputError, RouterError, UnsupportedModel, first_line
+from ..artifact.format import Manifest
+from ..errors import InputError, RouterError
+from . import words
 from .arguments import (
     Allowed,
     Given,
     Weights,
-    allowed_experts,
     as_weights,
-    batch_size,
     by_position,
-    check_images,
     check_names,
-    expert_indices,
-    highest,
     tensors,
-    tokens_of,
 )
-from .caches import PromptCache, brought, cached_weights, filled, given_back, tag
+from .caches import PromptCache
 from .cost import plan_costs
+from .deciding import decide, routed_from
+from .forward import forward, tower
 from .generate import generate, prefill
 from .heads import HeadSwitch
 from .labels import PerExpertConfig
-from .per_row import NotRowWise, PerRow
-from .plan import Planner, Way, drop, groups
+from .output import Answer, Decided, TwinOutput
+from .plan import Planner, Way
+from .processors import open_image_processor, open_tokenizer
 from .router.energies import EnergyReader
 from .router.features import FeatureReader, Features
 from .router.router import Routed, Router
 from .router.store import of_router
-from .routing import Cell, Routing, routed
-from .split import run_split
 
 if TYPE_CHECKING:
     from .explain import Explanation
-
-
-@dataclass
-class TwinOutput(ModelOutput):
-    """What a forward gives.
-
-    logits:  as the task model gives them: (batch, class), (batch, seq, vocab), ... Where heads
-             differ in width, outputs that a row's head does not have are -inf.
-    weights: (batch, expert), how much of each expert's exclusive knowledge every row ran with.
-    expert:  (batch,), index into `TwinModel.experts` of the head that answered each row.
-    model_output: everything else that the task model returned (caches, hidden states). Its fields
-             are found as attributes of this, too (`start_logits`, `last_hidden_state`, ...).
-    dropped: (batch,), how much weight `top_k` and `threshold` left out; None if neither was given.
-    routed:  what the router said (`Routed`: probabilities, novelty, whether a row is new and so ran
-             nearer to the shared expert); None where it was not asked.
-    plan:    which way the batch ran, see `runtime.plan`.
-    """
-
-    logits: Tensor | None = None
-    weights: Tensor | None = None
-    expert: Tensor | None = None
-    model_output: Any = None
-    dropped: Tensor | None = None
-    routed: Any = None
-    plan: str | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        inner = self.__dict__.get("model_output")
-        if name.startswith("_") or inner is None or not hasattr(inner, name):
-            raise AttributeError(f"{type(self).__name__} has no {name!r}, nor has its model_output")
-        return getattr(inner, name)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One row's answer in words."""
-
-    expert: str
-    """Whose head answered."""
-    weight: float
-    """Routing weight of that expert."""
-    label: str | None
-    """The label with the highest score; None for a regression."""
-    score: float
-    """Softmax probability of the label, or the regression's value."""
-
-
-@dataclass(frozen=True)
-class Decided:
-    """What one call runs with."""
-
-    routing: Routing
-    weights: Weights
-    """After `top_k` and `threshold`."""
-    expert: Int[Tensor, " batch"]
-    """Whose head answers."""
-    dropped: Float[Tensor, " batch"] | None
-    way: str
-    routed: Routed | None = None
-    """What the router said, if it was asked."""
 
 
 class TwinModel(nn.Module):
@@ -260,63 +192,23 @@ class TwinModel(nn.Module):
     def tokenizer(self):
         """The base's tokenizer, loaded from the artifact when first asked for."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            except (OSError, ValueError, KeyError) as problem:
-                advice = "Give tokenized inputs instead of text."
-                if "image" in str(self.input_modalities):
-                    advice = "It reads images: see model.image_processor."
-                raise InputError(
-                    f"{self.folder}: holds no tokenizer that transformers can open "
-                    f"({first_line(problem)}). {advice}"
-                ) from None
-            _give_padding(self._tokenizer, self.config)
+            self._tokenizer = open_tokenizer(self)
         return self._tokenizer
 
     @cached_property
     def image_processor(self) -> Any:
         """The base's image processor, loaded from the artifact when first asked for."""
-        from transformers import AutoImageProcessor
-
-        try:
-            return AutoImageProcessor.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError, ImportError) as problem:
-            raise InputError(
-                f"{self.folder}: holds no image processor that transformers can open "
-                f"({first_line(problem)}). Give pixel_values prepared as for the "
-                "base, to a pipeline: image_processor=."
-            ) from None
+        return open_image_processor(self)
 
     @property
     def labels(self) -> dict[str, list[str] | None]:
         """Label names by expert, in the order of its logits; None for a regression or no head."""
-        out: dict[str, list[str] | None] = {}
-        for expert in self.manifest.experts:
-            known, width = self._known_labels(expert), self.outputs[expert.name] or 0
-            named = [known.get(i, f"LABEL_{i}") for i in range(width)]
-            out[expert.name] = named if width > 1 else None
-        return out
+        return words.labels(self)
 
     @property
     def outputs(self) -> dict[str, int | None]:
         """How many outputs each expert's head has: 1 for a regression, None without a head."""
-        return {
-            expert.name: expert.outputs or len(self._known_labels(expert)) or None
-            for expert in self.manifest.experts
-        }
-
-    def _known_labels(self, expert: ExpertRecord) -> dict[int, str]:
-        stored = expert.config.get("id2label") or {}
-        if expert.outputs is None and "Classification" in type(self.model).__name__:
-            stored = stored or self._base_labels()  # a head that base and experts have alike
-        return {int(key): str(value) for key, value in stored.items()}
-
-    def _base_labels(self) -> dict[Any, str]:
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label or {}
+        return words.outputs(self)
 
     def __repr__(self) -> str:
         """In a few lines; `model.model` shows every layer."""
@@ -358,21 +250,7 @@ class TwinModel(nn.Module):
 
         Raises `RouterError` where it makes nothing of them: NaN or infinity.
         """
-        assert self.router is not None
-        features = {key: found.to(self.device) for key, found in features.items()}
-        batch = len(next(iter(features.values())))
-        said = self.router(features, allowed_experts(allowed, self.experts, batch, self.device))
-        finite = torch.isfinite(said.probabilities).all(dim=-1) & torch.isfinite(said.novelty)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0, 0])
-            well = all(bool(torch.isfinite(found[row]).all()) for found in features.values())
-            raise RouterError(
-                f"router: expected finite weights, got NaN in row {row}, from features "
-                f"({self.router.said}) that are {'finite' if well else 'NaN or infinity'}. Load "
-                "the model with dtype=torch.float32 if its hidden states overflow, fit the router "
-                "again (twinmerge fit-router), or give weights= or task=."
-            )
-        return said
+        return routed_from(self, features, allowed)
 
     def decide(
         self,
@@ -395,61 +273,9 @@ class TwinModel(nn.Module):
         lasts: whether the weights hold for many forwards, as in a generation
         whole: whether the batch must not be cut only because that is cheaper
         """
-        batch = batch_size(inputs)
-        if allowed is not None and (task is not None or weights is not None):
-            raise InputError(
-                "allowed=: restricts what the router may choose, and task= or weights= leave it "
-                "nothing to choose. Give one of them."
-            )
-        if task is not None:
-            if weights is not None:
-                raise InputError("give task= or weights=, not both: each sets the weights")
-            chosen = self._indices(task, batch, "task")
-            resolved = torch.eye(len(self.experts), device=self.device)[chosen]
-            head = task if head is None else head
-        elif weights is not None:
-            resolved = self.as_weights(weights, batch)
-        else:
-            said = self.routing(allowed=allowed, **inputs) if said is None else said
-            resolved = said.weights
-        kept = drop(resolved, top_k, threshold)
-        index = self._heads(resolved, kept.weights, head, batch, said)
-        check_images(inputs, batch, kept.weights)
-        tokens = 0.0
-        whole = whole or inputs.get("labels") is not None  # one loss
-        if not (whole or lasts or self.can_generate()):  # what generates may be asked for a cache
-            tokens = tokens_of(inputs) / self.break_even
-        routing, way = self.planner.plan(kept.weights, index, way=plan, lasts=lasts, tokens=tokens)
-        return Decided(routing, kept.weights, index, kept.dropped, way, said)
-
-    def _heads(
-        self,
-        weights: Weights,
-        kept: Weights,
-        head: str | Sequence[str] | None,
-        batch: int,
-        said: Routed | None,
-    ) -> Int[Tensor, " batch"]:
-        """Whose head answers each row: the highest of the weights that it runs with.
-
-        Of all its weights where none is kept; what the router finds likeliest where it gives none.
-        A weight of zero is none.
-        """
-        if head is not None:
-            return self._indices(head, batch, "head")
-        if said is not None:
-            weights = torch.where(said.new[:, None], said.probabilities, weights)
-        empty = (weights == 0).all(dim=-1)
-        if self.has_heads and bool(empty.any()):
-            row = int(empty.nonzero()[0, 0])
-            raise InputError(
-                f"weights: row {row} is all zero (the shared expert), so no expert's head "
-                f"follows from it. Say whose head answers: head= one of {list(self.experts)}."
-            )
-        return highest(torch.where((kept == 0).all(dim=-1, keepdim=True), weights, kept))
-
-    def _indices(self, names: Any, batch: int, what: str) -> Int[Tensor, " batch"]:
-        return expert_indices(names, self.experts, batch, what, self.device)
+        given = {"weights": weights, "task": task, "head": head, "allowed": allowed}
+        options = {"top_k": top_k, "threshold": threshold, "plan": plan}
+        return decide(self, inputs, **given, **options, lasts=lasts, whole=whole, said=said)
 
     def as_weights(self, weights: Given, batch: int) -> Weights:
         """Weights as a caller writes them, for `batch` rows: (batch, expert), float32."""
@@ -509,146 +335,17 @@ class TwinModel(nn.Module):
         """
         if unnamed:
             raise by_position(unnamed)
-        check_names(inputs, inspect.signature(self.model.forward).parameters)
-        if inputs.get("labels") is not None and self.has_heads:
-            raise InputError(
-                "labels=: no loss is defined where experts have heads of their own. Compute it "
-                "from `logits` and `expert`."
-            )
-        cache = brought(inputs)
-        if cache is not None and allowed is not None and filled(cache):
-            raise InputError(
-                "allowed=: restricts what the router may choose, and a cache has its weights "
-                "already. Leave one of them out."
-            )
-        if cache is not None:
-            rows = batch_size(inputs)
-            known = cached_weights(self, cache, rows, weights, task, top_k, threshold)
-            if weights is None and task is None:
-                weights = known  # those that were asked for are the same
         given = {"weights": weights, "task": task, "head": head, "allowed": allowed}
         options = {"top_k": top_k, "threshold": threshold, "plan": plan}
-        return self._run(self.model, inputs, given, options)
+        return forward(self, inputs, given, options)
 
     def get_text_features(self, **inputs: Any) -> TwinOutput:
         """The text tower's features, of a model of two towers (CLIP); else as `forward`."""
-        return self._tower("get_text_features", inputs)
+        return tower(self, "get_text_features", inputs)
 
     def get_image_features(self, **inputs: Any) -> TwinOutput:
         """The image tower's features, of a model of two towers (CLIP); else as `forward`."""
-        return self._tower("get_image_features", inputs)
-
-    def _tower(self, method: str, inputs: dict[str, Any]) -> TwinOutput:
-        call = getattr(self.model, method, None)
-        if call is None:
-            raise InputError(f"{type(self.model).__name__} has no {method}(); call the model.")
-        check_names(inputs, inspect.signature(call).parameters)
-        given = {name: inputs.pop(name, None) for name in ("weights", "task", "head", "allowed")}
-        options = {name: inputs.pop(name, None) for name in ("top_k", "threshold")}
-        return self._run(call, inputs, given, options | {"plan": inputs.pop("plan", "auto")})
-
-    def _run(
-        self,
-        call: Callable[..., Any],
-        inputs: dict[str, Any],
-        given: dict[str, Any],
-        options: dict[str, Any],
-    ) -> TwinOutput:
-        batch_size(inputs)  # before the router reads, which may be on the way
-        self._check_checkpointing()
-        if False in (inputs.get("return_dict"), getattr(self.model.config, "return_dict", None)):
-            inputs = inputs | {"return_dict": True}  # a tuple does not say which are the logits
-        routes, problem = given["weights"] is None and given["task"] is None, None
-        try:
-            if routes and options["plan"] != "split" and self._on_the_way(inputs):
-                return self._run_routing(call, inputs, given, options)
-            decided = self.decide(inputs, **given, **options)
-            if decided.way != "split":
-                with routed(decided.routing):
-                    return _output(self, call(**inputs), decided)
-        except NotRowWise as seen:  # in no dry run
-            if options["plan"] != "auto" or brought(inputs) is not None:
-                raise
-            problem, options = seen, options | {"plan": "split"}
-            decided = self.decide(inputs, **given, **options)
-        cut = groups(decided.routing, decided.weights)
-        if len(cut) == 1:
-            with routed(cut[0].routing):
-                return _output(self, call(**inputs), decided)
-        towers = ("get_text_features", "get_image_features")
-        if call is self.model and all(hasattr(self.model, t) for t in towers):
-            raise UnsupportedModel(
-                f"{type(self.model).__name__} compares every text with every image, which is not "
-                "defined for rows of other weights. Call get_text_features / get_image_features, "
-                "or pass one weighting for the whole batch."
-            )
-        for name in ("use_cache", "use_mems"):  # a cache cannot be put together
-            if name in inspect.signature(self.model.forward).parameters:
-                inputs = {name: False} | inputs
-        output = run_split(call, inputs, cut, len(decided.weights), heads=self.has_heads)
-        if problem is not None and call is self.model:
-            self.planner.noted(problem)
-        return _output(self, output, decided)
-
-    def _check_checkpointing(self) -> None:
-        if not torch.is_grad_enabled():
-            return
-        modules = (each for each in self.model.modules() if each.training)
-        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
-            raise UnsupportedModel(
-                f"{type(self.model).__name__}: gradient checkpointing runs layers again after the "
-                "forward, where no row's weights are known. Switch it off in model.model, or run "
-                "under torch.no_grad()."
-            )
-
-    def _on_the_way(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the router can read its features off the forward that it routes.
-
-        No expert may differ before its layer, and the forward must number its tokens as a forward
-        for features does. A compiled one goes through without a stop.
-        """
-        if self.router is None or self.planner.mixes_rows or not self.router.reads_hidden_states:
-            return False
-        if self.router.last > self.untouched_layers:
-            return False
-        if self.model._compiled_call_impl is not None:
-            return False  # a compiled graph is not left on the way
-        mask = inputs.get("attention_mask")
-        unpadded = mask is None or inputs.get("position_ids") is not None or bool(mask.all())
-        return unpadded or not self.can_generate()
-
-    def _run_routing(
-        self,
-        call: Callable[..., Any],
-        inputs: dict[str, Any],
-        given: dict[str, Any],
-        options: dict[str, Any],
-    ) -> TwinOutput:
-        """One forward that decides its own weights where the router reads."""
-        found: list[Decided] = []
-        with routed(None) as cell:
-            reading = self._routes(cell, inputs, given, options, found)
-            with reading:
-                output = call(**inputs)
-        return _output(self, output, found[0])
-
-    def _routes(
-        self,
-        cell: Cell,
-        inputs: dict[str, Any],
-        given: dict[str, Any],
-        options: dict[str, Any],
-        found: list[Decided],
-    ) -> AbstractContextManager[None]:
-        """Within it, a forward fills `cell` as soon as the router's layers are known."""
-        assert self.router is not None
-
-        def then(features: Features) -> None:
-            said = self.routed_from(features, given["allowed"])
-            found.append(self.decide(inputs, head=given["head"], **options, whole=True, said=said))
-            cell.routing = found[0].routing
-
-        return self.features.watching(inputs, self.router.wanted, then)
+        return tower(self, "get_image_features", inputs)
 
     def generate(
         self,
@@ -798,55 +495,4 @@ class TwinModel(nn.Module):
 
         Raises `InputError` unless the model gives one answer for a row.
         """
-        if not isinstance(output, TwinOutput):
-            came = type(output).__name__
-            raise InputError(f"answers: expected the output of a call of this model, got a {came}.")
-        if output.logits is None or output.logits.ndim != 2:
-            came = "no logits" if output.logits is None else f"logits {tuple(output.logits.shape)}"
-            raise InputError(
-                f"expected one answer per row: answers in words exist for logits of (batch, "
-                f"class), but {type(self.model).__name__} gave {came}. Call the model from Python "
-                "and read output.logits or output.model_output."
-            )
-        assert output.weights is not None and output.expert is not None
-        labels = self.labels
-        out = []
-        for logits, weights, index in zip(
-            output.logits.float(), output.weights, output.expert.tolist(), strict=True
-        ):
-            name = self.experts[index]
-            names = labels[name]
-            if names is None:
-                out.append(Answer(name, float(weights[index]), None, float(logits[0])))
-                continue
-            scores = logits[: len(names)].softmax(dim=-1)
-            best = int(scores.argmax())
-            out.append(Answer(name, float(weights[index]), names[best], float(scores[best])))
-        return out
-
-
-def _give_padding(tokenizer: Any, config: Any) -> None:
-    """A tokenizer without a padding token (Llama, GPT-2) gets the model's, else the end token."""
-    if tokenizer.pad_token_id is None:
-        known = getattr(config, "pad_token_id", None)
-        token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)
-        if token is not None:
-            tokenizer.pad_token = token
-
-
-def _output(twin: TwinModel, output: Any, decided: Decided) -> TwinOutput:
-    values = list(output.values()) if isinstance(output, Mapping) else output
-    if any(isinstance(value, PerRow) for value in tree_flatten(values)[0]):
-        raise NotRowWise("an output never met the batch")
-    cache = given_back(output)
-    if cache is not None:
-        tag(twin, cache, decided.weights)
-    return TwinOutput(
-        logits=getattr(output, "logits", None),
-        weights=decided.weights,
-        expert=decided.expert,
-        model_output=output,
-        dropped=decided.dropped,
-        routed=decided.routed,
-        plan=decided.way,
-    )
+        return words.answers(self, output)

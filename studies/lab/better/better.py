@@ -28,8 +28,10 @@ from typing import Any
 
 from ..lab import ALL, Lab, Settings
 from ..static import Say
+from .cutter import Cutter, TooLarge
+from .made import Made
 from .store import Dtype
-from .way import MOST_INPUTS, Cutter, Made, TooLarge, Way
+from .way import MOST_INPUTS, Way
 
 BUDGETS = {0.0035: 0.96, 0.035: 0.995}
 """Share of one float16 base model -> the normalised score that is aimed at."""

@@ -20,7 +20,7 @@ from ...recipe import Recipe
 from ...runtime.base import load_base
 from ...runtime.model import TwinModel
 from ...runtime.router.calibration import calibration_error
-from ...runtime.router.fit import confusion
+from ...runtime.router.held_out import confusion
 from ...show import summarise
 from ..metrics import metric
 from ..reference import expert_model, score_plain

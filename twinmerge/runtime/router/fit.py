@@ -8,10 +8,8 @@ ever looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,55 +18,29 @@ from torch import Tensor, nn
 
 from ...artifact.format import NoveltyRecord, RouterRecord
 from ...artifact.reader import Artifact
-from ...data import (
-    Chat,
-    Encoded,
-    Text,
-    batches,
-    encode,
-    json_of,
-    row_of,
-    sample,
-    segments,
-    token_limit,
-)
+from ...data import Chat, Text, batches, json_of, sample, token_limit
 from ...errors import InputError
 from ...recipe import Router as Settings
 from ..load import load
 from ..model import TwinModel
-from .calibration import Sharpness, calibration_error, fit_temperature, sharpened
-from .choosing import Fitted, compare, layer_sets, train
+from .calibration import Sharpness, fit_temperature
+from .choosing import Fitted, compare, train
 from .encoder import TextEncoder
-from .features import Features, Key, Pooling, keys
+from .features import Features, Key, keys
+from .held_out import measured
 from .novelty import learnt
+from .oddities import oddities
+from .projection import by_projection
+from .prompts import guessed_temperature, left_out
 from .router import Router, joined
-from .scorers import NOTHING, Fixed, Projection
-from .splitting import Parts, alike, crossed, divide
+from .rows import FEATURE_BATCH, Progress, Rows, check_enough, divided, prepared
+from .scorers import NOTHING, Fixed
+from .sharpness import best_sharpness
 from .statistics import finite
 from .store import alone, store_router, stored
+from .wanted import looks, only_layers, telling, tells, tried_layers
 
 __all__ = ["fit_router", "store_router"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, steps done and steps in all."""
-
-FEATURE_BATCH = 64
-FEWEST = 5
-"""Rows of each expert for the kinds that learn: one must train, one calibrate, one choose."""
-SHARPNESS: tuple[Sharpness, ...] = (1.0, 2.0, 4.0, "top")
-SHARPENED_ROWS = 96
-"""Held-out rows on which `sharpness: auto` compares answers, all experts together."""
-SMALL = 1024
-"""Widths up to which several layers are looked at to tell new inputs."""
-LOOKED = 5
-"""Layers, at most: two matrices of each are stored."""
-LEFT_OUT = 64
-"""Times that lines are left out to see whether they would reach their own expert."""
-CROSSED = 500
-"""Held-out rows below which routers are compared on all rows but the calibrating, by turns."""
-FOLDS = 5
-CONFUSED = 0.1
-"""Share of an expert's held-out rows that go to one other from which both are named."""
 
 
 def fit_router(
@@ -108,15 +80,6 @@ def fit_router(
         return stored(Artifact(folder, check=False), router, record, kept)
 
 
-@dataclass
-class _Rows:
-    """The rows of all experts, one after the other."""
-
-    texts: list[Text | Chat]
-    truth: Int[Tensor, " row"]
-    encoded: Encoded
-
-
 class RouterFit:
     """One fit; holds what its steps share."""
 
@@ -140,7 +103,7 @@ class RouterFit:
         kind = self.settings.kind
         if kind == "none":
             return self._none()
-        rows = None if texts is None else self._rows(texts)
+        rows = None if texts is None else prepared(self.model, texts, self.settings, self.limit)
         if kind == "projection":
             return self._projection(rows)
         if rows is None:
@@ -172,55 +135,48 @@ class RouterFit:
         router = Router(scorer, kind="none")
         return router, self._record(router, None, reason="asked for")
 
-    def _projection(self, rows: _Rows | None) -> tuple[Router, RouterRecord]:
-        blocks = self._blocks()
-        scorer = Projection(len(blocks) * self.count, self.count)
-        usual = joined(self.model.energies.read(self.made_up(), blocks), keys(blocks))
-        scorer.usual.copy_(usual.mean(dim=0))
-        scorer.spread.copy_(usual.std(dim=0).clamp(min=1e-6))
-        router = Router(scorer, blocks, kind="projection")
+    def _projection(self, rows: Rows | None) -> tuple[Router, RouterRecord]:
+        router = by_projection(self.model, self.settings)
         if rows is None:
             router.temperature = self._asked_temperature(1.0)
             router.sharpness = self._asked_sharpness(1.0)
             return router, self._record(router, None, reason="asked for")
-        self._check_enough(rows)
-        logits = router.logits(self._features(rows, keys(blocks)))
+        check_enough(rows)
+        logits = router.logits(self._features(rows, router.keys))
         return router, self._calibrate_projection(router, logits, rows)
 
-    def _prompts(self, rows: _Rows) -> tuple[Router, RouterRecord]:
-        layers = self._only_layers()
+    def _prompts(self, rows: Rows) -> tuple[Router, RouterRecord]:
+        layers = only_layers(self.model, self.settings)
         features = self._features(rows, self._keys(layers))
         x = joined(features, self._keys(layers))
         every = torch.arange(len(rows.truth))
         scorer, _ = train("prompts", x, rows.truth, every, self.count, self.settings)
         router = self._router(scorer, layers, "prompts")
-        logits = self._left_out(x, rows.truth)
+        logits = left_out(x, rows.truth, self.count, self.settings)
         if logits is None:
-            own = router.logits(features)
-            lead = own.gather(1, rows.truth[:, None])[:, 0] - own.scatter(
-                1, rows.truth[:, None], float("-inf")
-            ).amax(dim=1)
-            # Nothing tells how sure to be: on the lines themselves about 9 in 10.
-            router.temperature = self._asked_temperature(max(median(lead.tolist()) / 2, 1e-3))
+            guessed = guessed_temperature(router.logits(features), rows.truth)
+            router.temperature = self._asked_temperature(guessed)
         else:
             router.temperature = self._asked_temperature(fit_temperature(logits, rows.truth))
         router.sharpness = self._asked_sharpness(1.0)
         record = self._record(router, rows, reason="asked for", counted=every)
         if logits is not None:  # each line by a router that has not seen it
             scaled = logits / router.temperature
-            record = record.model_copy(update=self._held_out(logits, scaled, rows.truth))
-        return router, record.model_copy(update={"warnings": self._odd(rows, record)})
+            record = record.model_copy(update=measured(logits, scaled, rows.truth, self.experts))
+        return router, record.model_copy(update={"warnings": oddities(rows, record, self._encoder)})
 
-    def _learnt(self, rows: _Rows) -> tuple[Router, RouterRecord]:
-        self._check_enough(rows)
-        sets = self._sets()
+    def _learnt(self, rows: Rows) -> tuple[Router, RouterRecord]:
+        check_enough(rows)
+        sets = tried_layers(self.model, self.settings)
         wanted = {key for layers in sets for key in self._keys(layers)}
         if self.settings.encoder is None and self.settings.coverage < 1:
-            wanted |= {key for layers in sets for look in self._looks(layers) for key in look}
+            found = [look for layers in sets for look in looks(self.model, self.settings, layers)]
+            wanted |= {key for look in found for key in look}
         features = self._features(rows, sorted(wanted))
-        parts, pairs = self._divided(rows)
+        parts, pairs = divided(rows, self.settings)
         if self.settings.layer == "auto":
-            sets = self._telling(sets, features, [own for own, _ in pairs])
+            trained = [own for own, _ in pairs]
+            sets = telling(sets, self.settings.pooling, features, trained)
 
         def step(done: int, total: int) -> None:
             self.say("comparing routers", done, total)
@@ -246,7 +202,7 @@ class RouterFit:
                 "epoch": fitted.epoch,
                 "refitted": refit,
                 "calibration_rows": len(parts.calibration),
-                **self._held_out(fitted.logits, fitted.scaled, rows.truth[held]),
+                **measured(fitted.logits, fitted.scaled, rows.truth[held], self.experts),
             }
         )
         novelty = None
@@ -258,16 +214,16 @@ class RouterFit:
                 threshold=router.novelty.threshold,
                 noticed=noticed,
             )
-        warnings = self._odd(rows, record)
+        warnings = oddities(rows, record, self._encoder)
         return router, record.model_copy(update={"novelty": novelty, "warnings": warnings})
 
     # ------------------------------------------------------------------ pieces of them
 
     def _calibrate_projection(
-        self, router: Router, logits: Float[Tensor, "row expert"], rows: _Rows
+        self, router: Router, logits: Float[Tensor, "row expert"], rows: Rows
     ) -> RouterRecord:
         """A router that learnt nothing, with its temperature and sharpness set on rows."""
-        parts, _ = self._divided(rows)
+        parts, _ = divided(rows, self.settings)
         truth, held = rows.truth, parts.held_out
         calibration = torch.cat([parts.train, parts.calibration])
         router.temperature = self._asked_temperature(
@@ -278,80 +234,9 @@ class RouterFit:
         record = self._record(router, rows, reason="asked for", counted=calibration[:0])
         record = record.model_copy(
             update={"calibration_rows": len(calibration)}
-            | self._held_out(logits[held], scaled, truth[held])
+            | measured(logits[held], scaled, truth[held], self.experts)
         )
-        return record.model_copy(update={"warnings": self._odd(rows, record)})
-
-    def _rows(self, texts: Mapping[str, Sequence[Text | Chat | str]]) -> _Rows:
-        for expert in self.experts:
-            if not len(texts.get(expert, ())):
-                raise InputError(
-                    f"expert '{expert}': expected rows to fit a router, got 0. A few dozen texts "
-                    "that look like its inputs will do; for a few lines each there is the kind "
-                    "prompts, without any data the kind projection."
-                )
-        extra = sorted(set(texts) - set(self.experts))
-        if extra:
-            known = ", ".join(self.experts)
-            raise InputError(f"rows for '{extra[0]}', but no such expert. Known: {known}.")
-        rows = [
-            (index, row_of(text))
-            for index, expert in enumerate(self.experts)
-            for text in sample(texts[expert], self.settings.rows_per_task, self.settings.seed)
-        ]
-        found = [text for _, text in rows]
-        encoded = encode(self.model.tokenizer, found, self.limit)
-        for place, (index, text) in enumerate(rows):
-            if not encoded.rows[place]["input_ids"] or not "".join(segments(text)).strip():
-                raise InputError(
-                    f"expert '{self.experts[index]}': a row has no text, got {text!r:.80}. A "
-                    "router learns nothing from it: remove it."
-                )
-        return _Rows(found, torch.tensor([index for index, _ in rows]), encoded)
-
-    def _check_enough(self, rows: _Rows) -> None:
-        for expert, count in self._per(rows, torch.arange(len(rows.truth))).items():
-            if count < FEWEST:
-                raise InputError(
-                    f"expert '{expert}': expected at least {FEWEST} rows to fit and check a "
-                    f"router, got {count}. A few dozen that look like its inputs will do; with so "
-                    "few there is the kind prompts (--kind prompts)."
-                )
-
-    def _sets(self) -> list[tuple[int, ...]]:
-        if self.settings.encoder is not None:
-            return [(0,)]
-        width = self._width or 1 << 30
-        return layer_sets(self.model.features.layers, width, self.settings.layer)
-
-    def _only_layers(self) -> tuple[int, ...]:
-        """Without rows to choose on: what was asked for, else a layer past the middle."""
-        if self.settings.encoder is not None:
-            return (0,)
-        if self.settings.layer == "auto":
-            return (-(-2 * self.model.features.layers // 3),)
-        return layer_sets(self.model.features.layers, 0, self.settings.layer)[0]
-
-    def _blocks(self) -> tuple[int, ...]:
-        """Blocks that projections are read in: numbered from 1."""
-        layers, asked = self.model.features.layers, self.settings.layer
-        if asked == "auto":
-            return tuple(range(1, layers + 1))
-        blocks = layer_sets(layers, 0, asked)[0]
-        if min(blocks) < 1 or max(blocks) > layers:
-            raise InputError(
-                f"router layer {asked}: a projection reads within blocks, 1 to {layers} here."
-            )
-        return blocks
-
-    def made_up(self) -> dict[str, Tensor]:
-        """Inputs of random tokens: what an input that says nothing gives."""
-        tokenizer = self.model.tokenizer
-        draw = torch.Generator().manual_seed(self.settings.seed)
-        special = set(tokenizer.all_special_ids)
-        known = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
-        ids = known[torch.randint(len(known), (64, 24), generator=draw)].to(self.model.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return record.model_copy(update={"warnings": oddities(rows, record, self._encoder)})
 
     @property
     def _encoder(self) -> TextEncoder | None:
@@ -375,41 +260,7 @@ class RouterFit:
     def _keys(self, layers: Sequence[int]) -> tuple[Key, ...]:
         return keys(layers, self.settings.pooling)
 
-    def _looks(self, layers: Sequence[int]) -> list[tuple[Key, ...]]:
-        """Features by which new inputs may be told, up to the last of the layers that route.
-
-        They are on the way of these. The last token's first: what it has of a text is more unlike
-        for another format than the mean over tokens is.
-        """
-        if self.settings.encoder is not None:
-            return [self._keys(layers)]
-        last = max(layers)
-        looked = sorted({round(last * part / (LOOKED - 1)) for part in range(LOOKED)})
-        if (self._width or SMALL + 1) > SMALL:
-            looked = [last]
-        poolings: tuple[Pooling, ...] = ("last", "mean")
-        return [keys(looked, pooling) for pooling in poolings]
-
-    @property
-    def _width(self) -> int | None:
-        return getattr(self.model.model.config, "hidden_size", None)
-
-    def _telling(
-        self, sets: list[tuple[int, ...]], features: Features, parts: Sequence[Tensor]
-    ) -> list[tuple[int, ...]]:
-        """Without those that name a layer which says the same of every row of a part.
-
-        The embedding of the first token is such a layer. All of them if none is left: then trying
-        says what is wrong.
-        """
-        found = [
-            each
-            for each in sets
-            if all(_tells(features[key][own]) for key in self._keys(each) for own in parts)
-        ]
-        return found or sets
-
-    def _features(self, rows: _Rows, wanted: Sequence[Key]) -> Features:
+    def _features(self, rows: Rows, wanted: Sequence[Key]) -> Features:
         parts: dict[Key, list[Tensor]] = {key: [] for key in wanted}
         order: list[int] = []
         total, tokenizer = len(rows.texts), self.model.tokenizer
@@ -432,30 +283,6 @@ class RouterFit:
         if self._encoder is not None:
             return {(0, self.settings.pooling): self._encoder.read(inputs)}
         return self.model.features.read(inputs, wanted)
-
-    def _divided(self, rows: _Rows) -> tuple[Parts, list[tuple[Tensor, Tensor]]]:
-        """And what routers that are compared train on and are scored on."""
-        shares, seed = (self.settings.calibration, self.settings.held_out), self.settings.seed
-        groups = alike(rows.texts)
-        parts = divide(groups, rows.truth, self.experts, shares, seed)
-        if not self.settings.refit or len(parts.held_out) >= CROSSED:
-            return parts, [(parts.train, parts.held_out)]
-        return parts, crossed(parts, groups, rows.truth, FOLDS, seed)
-
-    def _left_out(
-        self, x: Float[Tensor, "row width"], truth: Int[Tensor, " row"]
-    ) -> Float[Tensor, "row expert"] | None:
-        """Logits of every line by prototypes of the others; None if an expert has only one."""
-        if int(torch.bincount(truth, minlength=self.count).min()) < 2:
-            return None
-        logits = torch.empty(len(truth), self.count)
-        apart = torch.arange(len(truth)) % LEFT_OUT if len(truth) > LEFT_OUT else None
-        for number in range(min(len(truth), LEFT_OUT)):
-            left = torch.arange(len(truth)) == number if apart is None else apart == number
-            rest = (~left).nonzero()[:, 0]
-            scorer, _ = train("prompts", x, truth, rest, self.count, self.settings)
-            logits[left] = scorer(x[left])
-        return logits
 
     def _trained(
         self,
@@ -492,12 +319,12 @@ class RouterFit:
         # Of one expert alone the relative distance is zero for every row.
         if self.settings.coverage >= 1 or self.count == 1:
             return {}
-        looks = [
-            tuple(key for key in look if _tells(features[key][own]))
-            for look in self._looks(router.layers)
+        found = [
+            tuple(key for key in look if tells(features[key][own]))
+            for look in looks(self.model, self.settings, router.layers)
         ]
-        looks = [look for look in looks if look] or [self._keys(router.layers)]
-        wanted = {key for look in looks for key in look}
+        found = [look for look in found if look] or [self._keys(router.layers)]
+        wanted = {key for look in found for key in look}
         known, check = ({key: features[key][rows] for key in wanted} for rows in (own, calibration))
         self.say("learning what is new", 0, 1)
         router.novelty, noticed = learnt(
@@ -507,7 +334,7 @@ class RouterFit:
             truth[calibration],
             self.count,
             self.settings.coverage,
-            looks,
+            found,
         )
         self.say("learning what is new", 1, 1)
         return {self.experts[place]: share for place, share in noticed.items()}
@@ -520,62 +347,26 @@ class RouterFit:
         asked = self.settings.sharpness
         return otherwise if asked == "auto" else asked
 
-    @torch.no_grad()
     def _sharpness(
-        self, rows: _Rows, held: Int[Tensor, " held"], scaled: Float[Tensor, "held expert"]
+        self, rows: Rows, held: Int[Tensor, " held"], scaled: Float[Tensor, "held expert"]
     ) -> Sharpness:
-        """What brings rows nearest to the answers of their own expert, all weight on it.
-
-        The distance of answers is that of their logits, squared, of each expert as a share of the
-        shared expert's distance. No labels are needed. `scaled`: logits over the temperature.
-        """
         if self.settings.sharpness != "auto":
             return self.settings.sharpness
-        probabilities = scaled.softmax(dim=-1).float()
-        each = max(1, SHARPENED_ROWS // self.count)
-        places = [
-            place
-            for expert in range(self.count)
-            for place in (rows.truth[held] == expert).nonzero()[:each, 0].tolist()
-        ]
-        off = torch.zeros(len(SHARPNESS), self.count, dtype=torch.float64)
-        scale = torch.zeros(self.count, dtype=torch.float64)
-        chosen = Encoded([rows.encoded.rows[int(held[p])] for p in places], [False] * len(places))
-        done = 0
-        for indices, batch in batches(self.model.tokenizer, chosen, FEATURE_BATCH // 4):
-            self.say("comparing answers", done, len(places))
-            inputs = {key: value.to(self.model.device) for key, value in batch.items()}
-            at = torch.tensor([places[i] for i in indices])
-            own = rows.truth[held[at]]
-            answer = _Answers(self.model, inputs, [self.experts[t] for t in own])
-            truth = answer(torch.eye(self.count)[own])
-            if truth is None:
-                return 1.0
-            shared = answer(torch.zeros(len(at), self.count))
-            scale.index_add_(0, own, _apart(shared, truth))
-            for place, sharpness in enumerate(SHARPNESS):
-                given = answer(sharpened(probabilities[at], sharpness))
-                off[place].index_add_(0, own, _apart(given, truth))
-            done += len(indices)
-        self.say("comparing answers", done, len(places))
-        if not bool((scale > 0).any()):
-            return 1.0
-        mean = (off[:, scale > 0] / scale[scale > 0]).mean(dim=1)
-        return SHARPNESS[int(mean.argmin())]
+        return best_sharpness(self.model, rows, held, scaled, self.say)
 
     # ------------------------------------------------------------------ what is said of it
 
     def _record(
         self,
         router: Router,
-        rows: _Rows | None,
+        rows: Rows | None,
         *,
         reason: str,
         counted: Tensor | None = None,
     ) -> RouterRecord:
         counts = dict.fromkeys(self.experts, 0)
         if rows is not None and counted is not None:
-            counts = self._per(rows, counted)
+            counts = rows.per_expert(counted)
         return RouterRecord(
             **router.as_recorded(),
             encoder=self.settings.encoder if router.encoder is not None else None,
@@ -590,99 +381,3 @@ class RouterFit:
             max_tokens=None if rows is None else self.limit,
             bytes=0,
         )
-
-    def _per(self, rows: _Rows, chosen: Int[Tensor, " chosen"]) -> dict[str, int]:
-        counts = torch.bincount(rows.truth[chosen], minlength=self.count).tolist()
-        return dict(zip(self.experts, counts, strict=True))
-
-    def _held_out(
-        self,
-        logits: Float[Tensor, "held expert"],
-        scaled: Float[Tensor, "held expert"],
-        truth: Int[Tensor, " held"],
-    ) -> dict[str, Any]:
-        guess = logits.argmax(dim=1)
-        return {
-            "held_out_rows": len(truth),
-            "held_out_accuracy": float((guess == truth).double().mean()),
-            "calibration_error": calibration_error(scaled.softmax(dim=1), truth),
-            "uncalibrated_error": calibration_error(logits.softmax(dim=1), truth),
-            "confusion": confusion(truth, guess, self.experts),
-        }
-
-    def _odd(self, rows: _Rows, record: RouterRecord) -> tuple[str, ...]:
-        """What is odd about the rows: the same ones under two experts, experts that look alike."""
-        told = []
-        if self._encoder is not None and self._encoder.cut:
-            told.append(
-                f"{self._encoder.cut} of {len(rows.texts)} texts are longer than the "
-                f"{self._encoder.max_tokens} tokens that the encoder reads: it routes on their "
-                "beginning"
-            )
-        own: dict[str, set[int]] = {}
-        for text, expert in zip(rows.texts, rows.truth.tolist(), strict=True):
-            own.setdefault("\t".join(segments(text)).lower(), set()).add(expert)
-        twice: dict[tuple[int, ...], int] = {}
-        for experts in own.values():
-            if len(experts) > 1:
-                twice[tuple(sorted(experts))] = twice.get(tuple(sorted(experts)), 0) + 1
-        for experts, count in sorted(twice.items(), key=lambda item: -item[1]):
-            names = " and ".join(self.experts[t] for t in experts)
-            told.append(
-                f"{names}: {count} texts are among the rows of each. No router can tell whose they "
-                "are; say task= or allowed= where you know."
-            )
-        for true, row in record.confusion.items():
-            total = sum(row.values())
-            for chosen, count in row.items():
-                if chosen == true or count < max(3, CONFUSED * total):
-                    continue
-                most = " Are its rows in the right file?" if count > total / 2 else ""
-                told.append(
-                    f"{true}: {count} of its {total} held-out rows look like {chosen}.{most}"
-                )
-        return tuple(told)
-
-
-def _tells(features: Float[Tensor, "row width"]) -> bool:
-    """Whether they are not the same for every row."""
-    return bool((features != features[0]).any())
-
-
-class _Answers:
-    """What the model answers to a batch with some weights, as (batch, number)."""
-
-    def __init__(self, model: TwinModel, inputs: dict[str, Tensor], heads: list[str]) -> None:
-        self.model, self.inputs = model, inputs
-        self.head = heads if model.has_heads else None
-
-    def __call__(self, weights: Float[Tensor, "batch expert"]) -> Float[Tensor, "batch n"] | None:
-        output = self.model(**self.inputs, weights=weights, head=self.head)
-        logits = output.logits
-        if logits is None:
-            return None
-        if logits.ndim == 3:  # the last token's: what is said next
-            mask = self.inputs.get("attention_mask", torch.ones(logits.shape[:2]))
-            place = torch.arange(logits.shape[1], device=mask.device).expand(len(logits), -1)
-            last = place.masked_fill(~mask.bool(), -1).amax(dim=1).clamp(min=0)
-            logits = logits[torch.arange(len(logits)), last.to(logits.device)]
-        return logits.masked_fill(logits.isinf(), 0.0).flatten(1).cpu()
-
-
-def _apart(one: Tensor | None, other: Tensor) -> Float[Tensor, " batch"]:
-    assert one is not None
-    return (one.double() - other.double()).square().sum(dim=1)
-
-
-def confusion(
-    truth: Int[Tensor, " row"], guess: Int[Tensor, " row"], experts: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """Rows by true expert, then by chosen expert; those that are 0 left out."""
-    return {
-        true: {
-            chosen: count
-            for j, chosen in enumerate(experts)
-            if (count := int(((truth == i) & (guess == j)).sum()))
-        }
-        for i, true in enumerate(experts)
-    }

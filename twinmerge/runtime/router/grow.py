@@ -23,9 +23,11 @@ from ...recipe import Router as Settings
 from ..model import TwinModel
 from .encoder import ENCODER
 from .features import Features, Key
-from .fit import FEATURE_BATCH, FEWEST, Progress, RouterFit
+from .fit import RouterFit
 from .novelty import Novelty
+from .projection import made_up
 from .router import Router, joined
+from .rows import FEATURE_BATCH, FEWEST, Progress
 from .scorers import NOTHING, empty
 from .splitting import alike, divide
 
@@ -161,7 +163,7 @@ def _projected(
 ) -> Followed:
     """Usual shares and their spread, of `name` anew; of all where other layers are read now."""
     settings = Settings(kind="projection", seed=record.seed)
-    inputs = RouterFit(model, settings, None, None).made_up()
+    inputs = made_up(model, settings.seed)
     count, place = len(model.experts), None if name is None else model.experts.index(name)
     try:
         found = joined(model.energies.read(inputs, router.layers), router.keys)
