@@ -61,6 +61,7 @@ def main(
 ) -> None:
     settings = {
         "rows": rows,
+        "drawn_with_seed": 0,
         "train_rows": train_rows,
         "rank": rank,
         "max_tokens": max_tokens,

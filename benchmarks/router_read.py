@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,6 +115,11 @@ def source_of(settings: Router) -> str:
 # ---------------------------------------------------------------------------------------- answers
 
 
+def fingerprint(rows: Sequence[Mapping[str, list[int]]]) -> str:
+    """Of token ids: whether answers are of these rows."""
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
 class Alone:
     """What each expert alone answers to every task's test rows, under that task's own head.
 
@@ -123,11 +130,13 @@ class Alone:
     def __init__(self, model: TwinModel, tasks: Mapping[str, Prepared], path: Path) -> None:
         self.model, self.tasks = model, tasks
         self.guesses: dict[str, list[list[float]]] = {}
+        of = {name: fingerprint(task.encoded.rows) for name, task in tasks.items()}
         if path.is_file():
-            self.guesses = torch.load(path, weights_only=True)
+            kept = torch.load(path, weights_only=True)
+            self.guesses = {n: g for n, g in kept["guesses"].items() if kept["of"][n] == of.get(n)}
         for name in (name for name in tasks if name not in self.guesses):
             self.guesses[name] = [self._read(name, i) for i in range(len(model.experts))]
-            torch.save(self.guesses, path)
+            torch.save({"guesses": self.guesses, "of": of}, path)
             note(f"every expert's answers to {name}")
 
     @torch.no_grad()

@@ -16,11 +16,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import tables_study
 from tables_router import router_tables
-from tables_study import Study
 
 ROOT = Path(__file__).parent.parent
+STUDY = ROOT / "results" / "glue-minilm"
+sys.path.append(str(ROOT / "studies"))
+
+from lab.page import readme  # noqa: E402
+
 LORA = ROOT / "examples" / "glue-lora"
 
 
@@ -42,21 +45,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def study() -> Study | None:
-    folder = ROOT / "results" / "glue-minilm"
-    return Study(folder) if folder.is_dir() else None
-
-
 def quality() -> str | None:
     """Normalised scores of all methods under the three protocols."""
-    data = study()
-    return None if data is None else tables_study.quality(data, made_with)
+    return readme.quality(STUDY, made_with) if STUDY.is_dir() else None
 
 
 def per_task() -> str | None:
     """Scores by task: experts, averaging, and Twin-Merging at rank 16."""
-    data = study()
-    return None if data is None else tables_study.per_task(data)
+    return readme.per_task(STUDY) if STUDY.is_dir() else None
 
 
 def speed() -> str | None:

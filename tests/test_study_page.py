@@ -31,7 +31,7 @@ STATIC = {"pretrained": 0.45, "averaging": 0.6, "task arithmetic": 0.7, "TIES": 
 
 @pytest.fixture(scope="module")
 def lab():
-    names = ("page", "plots", "plots_lines", "published", "shown", "tables")
+    names = ("page", "plots", "plots_lines", "published", "readme", "shown", "tables")
     return SimpleNamespace(**{n: importlib.import_module(f"lab.page.{n}") for n in names})
 
 
@@ -555,6 +555,29 @@ def test_shared_experts_of_old_coefficients_and_storage_give_way_to_newer_ones(t
     lines = "".join(json.dumps(each) + "\n" for each in (*records, *again))
     (folder / "records.jsonl").write_text(lines)
     assert table_of(lab.tables.tables(folder), main) == both[1]
+
+
+def test_the_readmes_tables_show_each_method_once_with_its_chosen_coefficients(whole, lab):
+    said = lab.readme.quality(whole.folder, lambda made: f"made of {made['commit']}")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()[2:-2]]
+    names = [row[0] for row in rows]
+    assert len(set(names)) == len(names) and set(STATIC) < set(names) and "SCE" not in names
+    by_name = {row[0]: row[1:] for row in rows}
+    assert by_name["task arithmetic"][1] == f"{100 * result(0.7)['normalised']:.1f}"
+    static = [float(row[2]) for row in rows if row[0] in STATIC]
+    assert static == sorted(static) and len(static) == len(STATIC)
+    (oracle,) = [
+        r["normalised"]
+        for r in of(whole.records, "twin oracle", "averaging")
+        if r["settings"]["exclusive"] == {"rank": 16}
+    ]
+    twin = by_name["Twin-Merging on averaging, rank 16"]
+    assert twin[2] == f"{100 * oracle:.1f}" and " ± " in twin[0] and " ± " in twin[1]
+    assert "made of 0123456789ab" in said and f"of {len(SEEDS)} seeds" in said
+    assert f"{sum(ROWS.values()):,} test rows" in said
+    by_task = lab.readme.per_task(whole.folder)
+    assert by_task.startswith(f"|  | {' | '.join(TASKS)} |")
+    assert f"| experts | {' | '.join(f'{100 * OWN[t]:.1f}' for t in TASKS)} |" in by_task
 
 
 def test_what_was_left_out_is_listed_with_the_reason_and_not_drawn(whole):

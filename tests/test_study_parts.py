@@ -19,6 +19,7 @@ from texts import EXPERTS, write_rows
 from tiny import adapter, opened
 
 from twinmerge.data import read_rows
+from twinmerge.errors import InputError
 from twinmerge.runtime.cost import forward_cost
 from twinmerge.runtime.load import load
 
@@ -250,7 +251,7 @@ def test_an_expert_that_scores_nothing_on_its_own_rows_stops_the_study(make, row
     for path in (data / "math").iterdir():
         known = [row for i, row in enumerate(read_rows(path)) if i % 5 != 4]
         write_rows(path, [row | {"label": 1 - row["label"]} for row in known])
-    with pytest.raises(Exception, match="expert 'math' scores 0.000 on its own validation rows"):
+    with pytest.raises(InputError, match="expert 'math' scores 0.000 on its own validation rows"):
         make(data=data).own  # noqa: B018
 
 
@@ -273,6 +274,10 @@ def test_a_row_is_run_again_only_with_other_weights(parts, lab):
     assert again == pytest.approx(second, abs=1e-5) and sum(asked) == 2 + rows
     other = open_(lab.built(lab.recipe(stored="float16", rank=1)))
     assert lab.weighted(other, "law", changed, "test") != again
+    assert lab.weighted(model, "math", changed[:1].expand(rows, -1), "test") != again
+    before = sum(asked)
+    lab.weighted(model, "law", changed, "test", head="math")
+    assert sum(asked) == before + rows  # another head, other answers
 
 
 def test_weights_are_spread_by_name(parts):

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twinmerge.artifact.format import HEAD
 from twinmerge.artifact.reader import Artifact
-from twinmerge.data import Encoded, batches
+from twinmerge.data import Encoded, batches, drawn
 from twinmerge.evaluation.grouped import Way, compare_grouped
 from twinmerge.evaluation.score import Prepared
 from twinmerge.merging.build import build
@@ -235,8 +235,8 @@ def counted(model: TwinModel, batch: Mapping[str, Any]) -> dict[str, float]:
 
 
 def mixed(tasks: Mapping[str, Prepared]) -> Encoded:
-    """The first rows of every task, shuffled."""
-    rows = [row for task in tasks.values() for row in task.encoded.rows[:TIMED_ROWS]]
+    """Some rows of every task, shuffled."""
+    rows = [row for task in tasks.values() for row in drawn(task.encoded.rows, TIMED_ROWS)]
     return Encoded(random.Random(0).sample(rows, len(rows)), [False] * len(rows))
 
 

@@ -35,7 +35,6 @@ from twinmerge.runtime.load import load, load_router
 from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.router.fit import fit_router, store_router
 from twinmerge.runtime.router.router import Routed
-from twinmerge.runtime.router.store import of_router
 
 from .records import Records
 
@@ -85,7 +84,7 @@ class Lab:
     settings: Settings
     records: Records
     _prepared: dict[str, dict[str, Prepared]] = field(default_factory=dict)
-    _answers: dict[str, dict[tuple[int, bytes], float]] = field(default_factory=dict)
+    _answers: dict[Any, dict[tuple[int, bytes], float]] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------ what to merge
 
@@ -335,8 +334,7 @@ class Lab:
         weights: (row, expert)
         """
         task, head = self.prepared(split)[name], head or name
-        files = {n: f.model_dump() for n, f in model.manifest.files.items() if not of_router(n)}
-        known = self._answers.setdefault(_key(files, name, split, head), {})
+        known = self._answers.setdefault((model.origin, name, split, head), {})
         keys = [(row, each.numpy().tobytes()) for row, each in enumerate(weights.cpu())]
         asked = [row for row, key in enumerate(keys) if key not in known]
         rows_left = [task.encoded.rows[row] for row in asked]

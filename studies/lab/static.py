@@ -52,7 +52,8 @@ def chosen(lab: Lab, name: str, say: Say) -> Parameters:
     """The coefficients of a method that validation rows find better than their neighbours.
 
     From `start`, to the best of the steps to a neighbour on a ladder, until none is better: the
-    best lies inside the ladders, or at an end that they share with all methods.
+    best lies inside the ladders, or at an end that they share with all methods (DELLA's densities
+    end where `possible` says).
     """
     static = STATIC[name]
     at = dict(static.start)

@@ -50,6 +50,7 @@ def among(lab: Lab, names: Sequence[str]) -> Iterator[Lab]:
             data={name: lab.data[name] for name in names},
             work=Path(work),
             _prepared={},
+            _answers={},
         )
 
 
