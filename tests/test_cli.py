@@ -21,7 +21,7 @@ from texts import EXPERTS, LABELS, as_row, sentences, write_rows
 import twinmerge
 from twinmerge import cli, show
 from twinmerge.artifact.reader import Artifact
-from twinmerge.data import read_rows
+from twinmerge.data import drawn, read_rows
 from twinmerge.runtime.load import load
 
 
@@ -503,6 +503,15 @@ def test_eval_restricts_routed_weights_and_records_it(call, bench):
     ]
     said = call(*words, "--top-k", 1).out
     assert said.count("top_k 1: ") == 2 and "of a row's weight dropped on average" in said
+
+
+@pytest.mark.parametrize("command", ["eval", "report"])
+def test_some_rows_are_drawn_as_files_may_be_sorted(command, call, bench, tmp_path, monkeypatch):
+    real, asked = drawn, []
+    monkeypatch.setattr("twinmerge.data.drawn", lambda *a: asked.append(a) or real(*a))
+    places = ("--to", tmp_path / "page.html") if command == "report" else ()
+    call(command, bench.routed, bench.data, *places, "--rows", 6)
+    assert [most for _, most in asked] == [6] * 3 and all(len(rows) > 6 for rows, _ in asked)
 
 
 def test_eval_prints_a_table_for_people(call, bench, monkeypatch):
