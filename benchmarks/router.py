@@ -52,7 +52,7 @@ def main(
     out: Annotated[Path, typer.Option()] = Path("results/router.json"),
     work: Annotated[Path | None, typer.Option(help="Where the artifact goes.")] = None,
     part: Annotated[list[Part] | None, typer.Option(help="Default: all.")] = None,
-    rows: Annotated[int, typer.Option(help="Test rows of each task.")] = 300,
+    rows: Annotated[int, typer.Option(help="Test rows of each task, at most.")] = 1001,
     train_rows: Annotated[int, typer.Option(help="Train rows of each task.")] = 1000,
     rank: Annotated[int, typer.Option()] = 16,
     max_tokens: Annotated[int, typer.Option()] = 96,

@@ -20,11 +20,8 @@ from tables_router import router_tables
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "results" / "glue-minilm"
-sys.path.append(str(ROOT / "studies"))
-
-from lab.page import readme  # noqa: E402
-
 LORA = ROOT / "examples" / "glue-lora"
+sys.path.append(str(ROOT / "studies"))
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -47,11 +44,15 @@ def percent(value: float) -> str:
 
 def quality() -> str | None:
     """Normalised scores of all methods under the three protocols."""
+    from lab.page import readme
+
     return readme.quality(STUDY, made_with) if STUDY.is_dir() else None
 
 
 def per_task() -> str | None:
     """Scores by task: experts, averaging, and Twin-Merging at rank 16."""
+    from lab.page import readme
+
     return readme.per_task(STUDY) if STUDY.is_dir() else None
 
 

@@ -14,6 +14,7 @@ import pytest
 from texts import EXPERTS, write_rows
 
 from twinmerge.data import read_rows
+from twinmerge.errors import RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
@@ -96,6 +97,9 @@ def test_every_step_of_a_search_is_a_recipe(glue, places, tmp_path):
             if static.possible(method, parameters):
                 tiny.recipe(method.method, parameters | method.fixed)
                 tried += 1
+            elif parameters["density"] < 1:  # of 1, DELLA keeps all; no step leads there
+                with pytest.raises(RecipeError, match="epsilon"):
+                    tiny.recipe(method.method, parameters | method.fixed)
         assert static.possible(method, method.start)
     assert tried > 200
 

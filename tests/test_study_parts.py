@@ -252,7 +252,7 @@ def test_an_expert_that_scores_nothing_on_its_own_rows_stops_the_study(make, row
         known = [row for i, row in enumerate(read_rows(path)) if i % 5 != 4]
         write_rows(path, [row | {"label": 1 - row["label"]} for row in known])
     with pytest.raises(InputError, match="expert 'math' scores 0.000 on its own validation rows"):
-        make(data=data).own  # noqa: B018
+        _ = make(data=data).own
 
 
 @pytest.mark.slow
